@@ -1,0 +1,81 @@
+"""The command line: one file per noun, assembled here. `--config` and `-o` may stand anywhere in a command."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sidecar.cli.context import Cli, Exit, guarded
+
+app = typer.Typer(
+    name="sidecar",
+    help="Encrypts personal data in Kafka events, keeps it in Postgres, and makes it unreadable on command.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    epilog="--config FILE and -o table|json may stand anywhere. Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 not allowed, 4 pending.",
+)
+
+# group name -> module with `app`; a module of the first kind adds its commands to the top level
+_TOP_LEVEL = ("init", "run", "status", "publish", "commands")
+_GROUPS = ("dev", "db", "config", "topics", "policy", "events", "keys", "receipts", "audit", "dlq")
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="The configuration file; else $SIDECAR_CONFIG, else ./sidecar.yaml.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="table or json.", metavar="table|json")] = None,
+) -> None:
+    if output not in (None, "table", "json"):
+        raise typer.BadParameter("table or json", param_hint="-o")
+    context.obj = Cli(config=config, output=output)
+
+
+def _assemble() -> None:
+    for name in _TOP_LEVEL:
+        import_module(f"sidecar.cli.{name}").add_to(app)
+    for name in _GROUPS:
+        app.add_typer(import_module(f"sidecar.cli.{name}").app, name=name)
+
+
+def _hoist(arguments: list[str]) -> list[str]:
+    """Move the common options before the noun, where click wants them; everything behind `--` stays."""
+    front: list[str] = []
+    rest: list[str] = []
+    waiting = iter(arguments)
+    for word in waiting:
+        if word == "--":
+            return [*front, *rest, word, *waiting]
+        if word in ("--config", "-o", "--output"):
+            front += [word, *[value for value in [next(waiting, None)] if value is not None]]
+        elif word.startswith(("--config=", "--output=")):
+            front.append(word)
+        else:
+            rest.append(word)
+    return front + rest
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script."""
+    _assemble()
+    words = _hoist(sys.argv[1:] if arguments is None else arguments)
+    code: int = Exit.DONE
+
+    def call() -> None:
+        nonlocal code
+        result = app(words, standalone_mode=False)
+        code = result if isinstance(result, int) else Exit.DONE
+
+    try:
+        failed = guarded(call)
+    except typer.Exit as exit_:
+        failed = exit_.exit_code
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        error.show()  # click's usage errors print themselves
+        failed = Exit.USAGE
+    sys.exit(failed or code)

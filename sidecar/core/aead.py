@@ -1,0 +1,100 @@
+"""The three AEAD suites, HKDF-Expand and length-prefixed labels: every use of a cryptographic primitive passes here.
+
+Suites: 1 AES-256-GCM (NIST SP 800-38D), 2 ChaCha20-Poly1305 (RFC 8439), 3 AES-256-GCM-SIV (RFC 8452).
+All three take 32-byte keys, 12-byte nonces and append a 16-byte tag.
+"""
+
+import hmac
+import struct
+from enum import IntEnum
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, AESGCMSIV, ChaCha20Poly1305
+
+from sidecar.core.errors import AuthenticationFailed, UnsupportedEnvelope
+
+KEY_BYTES = 32
+NONCE_BYTES = 12
+TAG_BYTES = 16
+
+Cipher = AESGCM | ChaCha20Poly1305 | AESGCMSIV
+
+u32 = struct.Struct(">I").pack
+u64 = struct.Struct(">Q").pack
+
+
+class Suite(IntEnum):
+    """The algorithm of a stream; the number stands in the envelope, the name in policies and tables."""
+
+    AES_256_GCM = 1
+    CHACHA20_POLY1305 = 2
+    AES_256_GCM_SIV = 3
+
+    @property
+    def label(self) -> str:
+        return _LABELS[self]
+
+    @classmethod
+    def from_label(cls, label: str) -> "Suite":
+        """The suite of a policy's `encryption_algorithm`; the plan's spelling AES-GCM-SIV is accepted too."""
+        try:
+            return _BY_LABEL[label]
+        except KeyError:
+            raise UnsupportedEnvelope(f"unknown algorithm {label!r}; known: {', '.join(_LABELS.values())}") from None
+
+    @classmethod
+    def from_code(cls, code: int) -> "Suite":
+        try:
+            return _BY_CODE[code]
+        except KeyError:
+            raise UnsupportedEnvelope(f"unknown suite {code}") from None
+
+    def cipher(self, dek: bytes | bytearray) -> Cipher:
+        """A cipher under this suite's own key of the DEK, so that no key is ever used with two algorithms."""
+        return _CIPHERS[self](expand(dek, "enc", bytes([self])))
+
+
+_LABELS = {Suite.AES_256_GCM: "AES-256-GCM", Suite.CHACHA20_POLY1305: "ChaCha20-Poly1305", Suite.AES_256_GCM_SIV: "AES-256-GCM-SIV"}
+_BY_LABEL = {label: suite for suite, label in _LABELS.items()} | {"AES-GCM-SIV": Suite.AES_256_GCM_SIV}
+_BY_CODE = {int(suite): suite for suite in Suite}
+_CIPHERS: dict[Suite, type[AESGCM] | type[ChaCha20Poly1305] | type[AESGCMSIV]] = {
+    Suite.AES_256_GCM: AESGCM,
+    Suite.CHACHA20_POLY1305: ChaCha20Poly1305,
+    Suite.AES_256_GCM_SIV: AESGCMSIV,
+}
+
+
+def lp(*parts: bytes) -> bytes:
+    """Each part behind its length as u32 big-endian: no two lists of parts give the same bytes."""
+    return b"".join([u32(len(part)) + part for part in parts])
+
+
+def expand(key: bytes | bytearray, label: str, *parts: bytes) -> bytes:
+    """32 bytes of HKDF-Expand (RFC 5869, SHA-256) under the label `ks/v1/<label>`.
+
+    One block of output is one HMAC over the label and the byte 01. `key` is uniformly random, so no extract step.
+    """
+    return hmac.digest(key, lp(f"ks/v1/{label}".encode(), *parts) + b"\x01", "sha256")
+
+
+def open_into(cipher: Cipher, nonce: bytes, sealed: bytes, aad: bytes, out: bytearray) -> None:
+    """Open into a buffer that the caller wipes; AuthenticationFailed and an untouched promise if the tag does not fit."""
+    try:
+        cipher.decrypt_into(nonce, sealed, aad, out)
+    except InvalidTag:
+        raise AuthenticationFailed from None
+
+
+def open_sealed(cipher: Cipher, nonce: bytes, sealed: bytes, aad: bytes) -> bytes:
+    """The plaintext, or AuthenticationFailed; never False, never partial output."""
+    if len(sealed) < TAG_BYTES:
+        raise AuthenticationFailed
+    try:
+        return cipher.decrypt(nonce, sealed, aad)
+    except InvalidTag:
+        raise AuthenticationFailed from None
+
+
+def wipe(secret: bytearray) -> None:
+    """Overwrite key bytes in place."""
+    secret[:] = bytes(len(secret))

@@ -1,0 +1,261 @@
+"""Commands in, receipts out (contract: messages.md): parse, check, and build bodies. Nobody is trusted to send well-formed text.
+
+What stands in a rejected command is echoed on its receipt only where it is short, printable and of the right type.
+"""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal, NoReturn
+from uuid import UUID, uuid5
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sidecar.core.errors import CommandRejected, MalformedRecord
+from sidecar.core.model import Scope, ScopeKind, identifier, tenant_id
+
+NAMESPACE = UUID("6f0c3f52-8b1e-5d0a-9a55-0a4b6c1e7d21")
+"""Of all ids that are derived and not drawn, so that a repeated step makes the same one again."""
+
+OPS = ("shred", "rotate")
+MAX_TEXT = 1000
+
+Status = Literal["rejected", "accepted", "done", "inaccessible", "failed"]
+
+
+class _Strict(BaseModel):
+    """A name that this release does not know is refused: it may have been meant to narrow the command."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class _ScopeV1(_Strict):
+    tenant: str
+    kind: Literal["tenant", "stream", "class", "subject"]
+    id: str | None = None
+
+
+class _OptionsV1(_Strict):
+    include_plain: bool = False
+    dry_run: bool = False
+    older_than: datetime | None = None
+
+
+class _CommandV1(_Strict):
+    command_id: UUID
+    audience: str
+    op: str
+    scope: _ScopeV1
+    reason: str = Field(max_length=MAX_TEXT)
+    requested_by: str = Field(max_length=MAX_TEXT)
+    ticket: str | None = Field(default=None, max_length=MAX_TEXT)
+    issued_at: datetime | None = None
+    not_after: datetime
+    options: _OptionsV1 = _OptionsV1()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """What is to be done to which scope, checked. `older_than` is the rotation timer's: only keys made before it."""
+
+    command_id: UUID
+    op: str
+    scope: Scope
+    reason: str
+    requested_by: str
+    ticket: str | None = None
+    include_plain: bool = False
+    dry_run: bool = False
+    older_than: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incoming:
+    """A control record, read as far as it could be read; `outcome` says whether it is a command."""
+
+    command_id: UUID | None
+    op: str | None
+    scope: dict[str, str] | None
+    outcome: Command | CommandRejected
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def load_json(raw: bytes | None) -> dict[str, Any]:
+    """The object that the bytes are. Refuses what two readers could read differently: duplicate names, NaN."""
+    try:
+        document = json.loads((raw or b"").decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise CommandRejected("malformed", "the record's value is no JSON object") from None
+    if not isinstance(document, dict):
+        raise CommandRejected("malformed", "the record's value is no JSON object")
+    return document
+
+
+def _short(value: Any, limit: int = 255) -> str | None:
+    return value if isinstance(value, str) and len(value) <= limit and value.isprintable() else None
+
+
+def _echo_scope(value: Any) -> dict[str, str] | None:
+    if not isinstance(value, dict):
+        return None
+    return {name: text for name in ("tenant", "kind", "id") if (text := _short(value.get(name))) is not None} or None
+
+
+def _id_of(value: Any) -> UUID | None:
+    try:
+        return UUID(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
+
+
+def parse(raw: bytes | None, *, audience: str, now: datetime, allow_unsigned: bool) -> Incoming:
+    """Never raises. Whether tenant and stream exist is for the store to say."""
+    try:
+        document = load_json(raw)
+    except CommandRejected as rejected:
+        return Incoming(command_id=None, op=None, scope=None, outcome=rejected)
+    if {"payloadType", "payload", "signatures"} <= document.keys():
+        signed = CommandRejected("signature_unsupported", "this release verifies no signatures; a signed command is not carried out")
+        return Incoming(command_id=None, op=None, scope=None, outcome=signed)
+    command_id = _id_of(document.get("command_id"))
+    op, scope = _short(document.get("op"), 50), _echo_scope(document.get("scope"))
+    try:
+        outcome: Command | CommandRejected = check(document, audience=audience, now=now, allow_unsigned=allow_unsigned)
+    except CommandRejected as rejected:
+        outcome = rejected
+    return Incoming(command_id=command_id, op=op, scope=scope, outcome=outcome)
+
+
+def check(document: dict[str, Any], *, audience: str, now: datetime, allow_unsigned: bool) -> Command:
+    """Raises CommandRejected; the first thing that is wrong gives the code."""
+    if not allow_unsigned:
+        raise CommandRejected("unsigned", "unsigned commands are not allowed here (control.allow_unsigned)")
+    op = document.get("op")
+    if isinstance(op, str) and op not in OPS:
+        raise CommandRejected("unknown_op", f"op is none of {', '.join(OPS)}")
+    body = _validated(document)
+    if body.audience != audience:
+        raise CommandRejected("wrong_audience", f"the command is not for the deployment {audience}")
+    if _aware(body.not_after) <= now:
+        raise CommandRejected("expired", "not_after has passed")
+    if body.options.older_than is not None:
+        raise CommandRejected("malformed", "options.older_than is the rotation timer's own")
+    return _command(body)
+
+
+def stored(raw: bytes) -> Command:
+    """A command that was accepted before, from its bytes; its expiry no longer counts."""
+    return _command(_validated(load_json(raw)))
+
+
+def _validated(document: dict[str, Any]) -> _CommandV1:
+    try:
+        return _CommandV1.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(_short(str(part), 50) or "?" for part in first["loc"])
+        raise CommandRejected("malformed", f"{where}: {first['type'].replace('_', ' ')}") from None
+
+
+def _command(body: _CommandV1) -> Command:
+    for name in ("reason", "requested_by", "ticket"):
+        text = getattr(body, name)
+        if text is not None and not (text.strip() and text.replace("\n", " ").replace("\t", " ").isprintable()):
+            raise CommandRejected("malformed", f"{name}: 1 to {MAX_TEXT} printable characters")
+    return Command(
+        command_id=body.command_id,
+        op=body.op,
+        scope=_scope(body.scope),
+        reason=body.reason,
+        requested_by=body.requested_by,
+        ticket=body.ticket,
+        include_plain=body.options.include_plain,
+        dry_run=body.options.dry_run,
+        older_than=body.options.older_than,
+    )
+
+
+def _scope(scope: _ScopeV1) -> Scope:
+    try:
+        tenant = tenant_id(scope.tenant)
+    except MalformedRecord:
+        # an id that no tenant can have is no tenant's
+        raise CommandRejected("unknown_tenant", "there is no such tenant") from None
+    kind = ScopeKind(scope.kind)
+    if kind is ScopeKind.SUBJECT:
+        raise CommandRejected("unknown_scope", "this release knows the scopes tenant, stream and class")
+    if kind is ScopeKind.TENANT:
+        if scope.id not in (None, tenant):
+            raise CommandRejected("malformed", "scope.id: a tenant's scope has none")
+        return Scope.of_tenant(tenant)
+    try:
+        return Scope(tenant=tenant, kind=kind, id=identifier((scope.id or "").encode("utf-8", "replace"), "scope.id"))
+    except MalformedRecord as error:
+        raise CommandRejected("malformed", str(error)) from None
+
+
+def _aware(moment: datetime) -> datetime:
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def compose(
+    *, command_id: UUID, audience: str, op: str, scope: Scope, reason: str, requested_by: str, ticket: str | None, issued_at: datetime,
+    not_after: datetime, options: dict[str, Any],
+) -> bytes:  # fmt: skip
+    """The value of an unsigned command."""
+    document = {
+        "command_id": str(command_id),
+        "audience": audience,
+        "op": op,
+        "scope": scope.to_json(),
+        "reason": reason,
+        "requested_by": requested_by,
+        "issued_at": rfc3339(issued_at),
+        "not_after": rfc3339(not_after),
+        "options": options,
+    }
+    return json.dumps(document | ({"ticket": ticket} if ticket else {}), ensure_ascii=False).encode()
+
+
+def rfc3339(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def receipt_id(*parts: object) -> UUID:
+    """The same parts give the same id: a step that is repeated after a crash repeats its receipt, not a second one."""
+    return uuid5(NAMESPACE, "/".join(str(part) for part in parts))
+
+
+def receipt(
+    identity: UUID, *, command_id: UUID | None, op: str | None, scope: dict[str, str] | None, status: Status,
+    error: CommandRejected | None = None, **facts: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A receipt's body; every field of the contract is there, null where it does not apply (yet)."""
+    return {
+        "receipt_id": str(identity),
+        "command_id": str(command_id) if command_id else None,
+        "op": op,
+        "scope": scope,
+        "status": status,
+        "error": {"code": error.code, "message": str(error)} if error else None,
+        "accepted_at": None,
+        "inaccessible_at": None,
+        "irrecoverable_at": None,
+        "irrecoverable_reason": None,
+        "keys": None,
+        "events": None,
+        "barrier": None,
+        "instances": None,
+        "residue": None,
+        "audit": None,
+    } | facts

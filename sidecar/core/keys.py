@@ -1,0 +1,140 @@
+"""Key lifecycle and key bytes: KEK, DEK, wrap, commitment, fingerprint.
+
+    KMS key ─wraps→ tenant KEK ─wraps→ DEK ─expands to→ suite key (aead.py)
+
+The lifecycle, drawn in docs from this table:
+
+    active   may seal and open; at most one version of a scope's key
+    retired  opens only; its successor is made at the scope's next write
+    destroyed  neither; the bytes are gone, the fingerprint stays
+
+    active → retired     rotate        retired → destroyed   shred, clean-up
+    active → destroyed   shred         destroyed → anything  never
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from hashlib import sha256
+from uuid import UUID
+
+from sidecar.core.aead import KEY_BYTES, NONCE_BYTES, TAG_BYTES, AESGCM, Cipher, Suite, expand, lp, open_into, u32, wipe
+from sidecar.core.errors import AuthenticationFailed
+from sidecar.core.model import Scope
+
+COMMITMENT_BYTES = 32
+WRAPPED_DEK_BYTES = NONCE_BYTES + KEY_BYTES + COMMITMENT_BYTES + TAG_BYTES
+
+HARD_LIMIT_USES = 2**32
+"""Seals under one key version with random 96-bit nonces (NIST SP 800-38D, 8.3)."""
+
+
+class KeyState(StrEnum):
+    ACTIVE = "active"
+    RETIRED = "retired"
+    DESTROYED = "destroyed"
+
+
+TRANSITIONS: dict[KeyState, frozenset[KeyState]] = {
+    KeyState.ACTIVE: frozenset({KeyState.RETIRED, KeyState.DESTROYED}),
+    KeyState.RETIRED: frozenset({KeyState.DESTROYED}),
+    KeyState.DESTROYED: frozenset(),
+}
+
+
+class TenantState(StrEnum):
+    """`active → shredding → shredded`; back only by readmit, which starts a new generation."""
+
+    ACTIVE = "active"
+    SHREDDING = "shredding"
+    SHREDDED = "shredded"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyName:
+    """What a DEK is bound to. Every part is in the label of its wrapping key, so each wrapping key is used once."""
+
+    scope: Scope
+    key_id: UUID
+    version: int
+    generation: int
+
+    def _wrap_parts(self) -> tuple[bytes, ...]:
+        scope = self.scope
+        return (scope.tenant.encode(), scope.kind.encode(), scope.id.encode(), self.key_id.bytes, u32(self.version), u32(self.generation))
+
+
+def commitment(key: bytes | bytearray, key_id: UUID, version: int) -> bytes:
+    """32 bytes that commit to the key: AES-GCM alone lets one ciphertext open under two keys."""
+    return expand(key, "commit", key_id.bytes, u32(version))
+
+
+def fingerprint(committed: bytes) -> bytes:
+    """Names a key on receipts after it is gone."""
+    return sha256(committed).digest()
+
+
+@dataclass(slots=True, eq=False)
+class Kek:
+    """A tenant's key-encryption key, unwrapped. Owns its bytes; `destroy` wipes them."""
+
+    tenant: str
+    generation: int
+    version: int
+    _secret: bytearray = field(repr=False)
+
+    def commitment(self) -> bytes:
+        return expand(self._secret, "commit", self.tenant.encode(), u32(self.generation), u32(self.version))
+
+    def payload(self) -> bytes:
+        """What the KMS wraps: the key and what it is for."""
+        return bytes(self._secret) + kek_context(self.tenant, self.generation, self.version)
+
+    @classmethod
+    def from_payload(cls, payload: bytes, tenant: str, generation: int, version: int) -> "Kek":
+        """Raises AuthenticationFailed if the KMS returned another tenant's, generation's or version's key."""
+        if payload[KEY_BYTES:] != kek_context(tenant, generation, version):
+            raise AuthenticationFailed("a wrapped tenant key belongs to another tenant, generation or version")
+        return cls(tenant, generation, version, bytearray(payload[:KEY_BYTES]))
+
+    def wrap(self, dek: bytes | bytearray, name: KeyName, nonce: bytes) -> tuple[bytes, bytes]:
+        """-> (wrapped, commitment). The nonce may be any 12 random bytes: the wrapping key is this version's own."""
+        committed = commitment(dek, name.key_id, name.version)
+        sealed = AESGCM(expand(self._secret, "wrap", *name._wrap_parts())).encrypt(nonce, bytes(dek) + committed, b"")
+        return nonce + sealed, committed
+
+    def unwrap(self, wrapped: bytes, name: KeyName, committed: bytes) -> "Dek":
+        """Raises AuthenticationFailed if the wrap, its place or the commitment was altered."""
+        if len(wrapped) != WRAPPED_DEK_BYTES:
+            raise AuthenticationFailed("a wrapped key has the wrong length")
+        out = bytearray(KEY_BYTES + COMMITMENT_BYTES)
+        wrapping = AESGCM(expand(self._secret, "wrap", *name._wrap_parts()))
+        open_into(wrapping, wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], b"", out)
+        secret = out[:KEY_BYTES]
+        inside = bytes(out[KEY_BYTES:])
+        wipe(out)
+        if not inside == committed == commitment(secret, name.key_id, name.version):
+            wipe(secret)
+            raise AuthenticationFailed("a key does not match its commitment")
+        return Dek(name, secret)
+
+    def destroy(self) -> None:
+        wipe(self._secret)
+
+
+@dataclass(slots=True, eq=False)
+class Dek:
+    """A data-encryption key, unwrapped, until `into_cipher` turns it into a cipher and wipes it. Never printed."""
+
+    name: KeyName
+    _secret: bytearray = field(repr=False)
+
+    def into_cipher(self, suite: Suite) -> Cipher:
+        """The suite's cipher; the bytes of the DEK are wiped with that."""
+        cipher = suite.cipher(self._secret)
+        wipe(self._secret)
+        return cipher
+
+
+def kek_context(tenant: str, generation: int, version: int) -> bytes:
+    """Stands inside the wrapped payload of a KEK, and is its associated data where the KMS takes any."""
+    return lp(b"ks/kek/v1", tenant.encode(), u32(generation), u32(version))

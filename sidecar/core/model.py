@@ -1,0 +1,136 @@
+"""The words of the product as values: identifiers, scopes, records (from Kafka) and events (stored)."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from uuid import UUID
+
+from sidecar.core.errors import MalformedRecord
+
+_TENANT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
+MAX_ID_BYTES = 255
+UNCLASSIFIED = "unclassified"
+"""The class of a stream that no class rule names; `policies.unmatched` decides about it unless a policy names it."""
+
+Headers = Sequence[tuple[str, bytes | None]]
+
+
+def tenant_id(raw: str) -> str:
+    """`raw` as it is, or MalformedRecord: ids are never normalised, normalising merges tenants."""
+    if not _TENANT_ID.fullmatch(raw):
+        raise MalformedRecord("tenant id: 1 to 100 of A-Z a-z 0-9 . _ - and a letter or digit first", reason="bad_tenant")
+    return raw
+
+
+def identifier(raw: bytes, what: str, reason: str = "malformed") -> str:
+    """A stream, message or type id from its bytes: 1 to 255 bytes of printable UTF-8, taken as they come."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        text = ""
+    if not text or len(raw) > MAX_ID_BYTES or not text.isprintable():
+        raise MalformedRecord(f"{what}: 1 to {MAX_ID_BYTES} bytes of printable UTF-8", reason=reason)
+    return text
+
+
+class ScopeKind(StrEnum):
+    """What one key protects."""
+
+    STREAM = "stream"
+    CLASS = "class"
+    TENANT = "tenant"
+    SUBJECT = "subject"
+
+    @property
+    def code(self) -> int:
+        """Bits 0-1 of an envelope's flags."""
+        return _SCOPE_CODES[self]
+
+    @classmethod
+    def from_code(cls, code: int) -> "ScopeKind":
+        return _SCOPES_BY_CODE[code & 3]
+
+
+_SCOPE_CODES = {ScopeKind.STREAM: 0, ScopeKind.CLASS: 1, ScopeKind.TENANT: 2, ScopeKind.SUBJECT: 3}
+_SCOPES_BY_CODE = {code: kind for kind, code in _SCOPE_CODES.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scope:
+    """What a key protects or a command is about, within its tenant; `id` repeats the tenant for kind tenant."""
+
+    tenant: str
+    kind: ScopeKind
+    id: str
+
+    @classmethod
+    def of_tenant(cls, tenant: str) -> "Scope":
+        return cls(tenant=tenant, kind=ScopeKind.TENANT, id=tenant)
+
+    def to_json(self) -> dict[str, str]:
+        """As in messages.md: no id for a tenant."""
+        head = {"tenant": self.tenant, "kind": self.kind.value}
+        return head if self.kind is ScopeKind.TENANT else {**head, "id": self.id}
+
+    def __str__(self) -> str:
+        return f"tenant {self.tenant}" if self.kind is ScopeKind.TENANT else f"{self.kind} {self.id} of tenant {self.tenant}"
+
+
+@dataclass(slots=True)
+class Record:
+    """One source record, parsed. Not frozen: it is built once per event on the hot path, and nobody writes to it after."""
+
+    topic: str
+    partition: int
+    offset: int
+    tenant: str
+    stream: str
+    message_id: str
+    type: str
+    value: bytes | None
+    key: bytes | None
+    timestamp_ms: int
+    headers: Headers
+    occurred_at: datetime | None = None
+    schema_version: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyRef:
+    """Names one version of one key, nothing more."""
+
+    tenant: str
+    key_id: UUID
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """A stored event, opened: `value` is the application's bytes, None for a tombstone."""
+
+    tenant: str
+    stream: str
+    position: int
+    message_id: str
+    type: str
+    stream_class: str
+    value: bytes | None
+    key: bytes | None
+    timestamp_ms: int
+    headers: Headers
+    source: tuple[str, int, int] | None
+    schema_version: int = 1
+    occurred_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Erased:
+    """What a reader gets in place of an event whose key was destroyed."""
+
+    tenant: str
+    stream: str
+    position: int
+    message_id: str
+    type: str

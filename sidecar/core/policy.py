@@ -1,0 +1,117 @@
+"""Classification and decision: record → class → policy → Encrypt, Plain or Refuse. Dictionary look-ups only."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import translate
+from typing import Literal
+
+from sidecar.core.aead import Suite
+from sidecar.core.model import UNCLASSIFIED, ScopeKind
+
+Unmatched = Literal["encrypt", "plain", "refuse"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What happens to a tenant's events of one class; tenant `*` stands for every tenant without a policy of its own.
+
+    `rotation_days` is about rotation, never retention.
+    """
+
+    policy_id: str
+    stream_class: str
+    tenant: str = "*"
+    encrypt: bool
+    suite: Suite = Suite.AES_256_GCM
+    key_scope: ScopeKind = ScopeKind.STREAM
+    rotation_days: int | None = None
+    version: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Encrypt:
+    suite: Suite
+    key_scope: ScopeKind
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    pass
+
+
+Decision = Encrypt | Plain | Refuse
+PLAIN, REFUSE = Plain(), Refuse()
+_UNMATCHED: dict[str, Decision] = {"encrypt": Encrypt(Suite.AES_256_GCM, ScopeKind.STREAM), "plain": PLAIN, "refuse": REFUSE}
+
+
+class PolicySet:
+    """All policies at one policy version. Immutable: a change makes a new one."""
+
+    __slots__ = ("_by_key", "_decisions", "unmatched", "version")
+
+    def __init__(self, policies: Sequence[Policy], unmatched: Unmatched, version: int) -> None:
+        self._by_key = {(p.tenant, p.stream_class): p for p in policies}
+        self._decisions: dict[tuple[str, str], Decision] = {}
+        self.unmatched, self.version = unmatched, version
+
+    def find(self, tenant: str, stream_class: str) -> Policy | None:
+        """The tenant's own policy before the one of `*`."""
+        return self._by_key.get((tenant, stream_class)) or self._by_key.get(("*", stream_class))
+
+    def decide(self, tenant: str, stream_class: str) -> Decision:
+        key = (tenant, stream_class)
+        decision = self._decisions.get(key)
+        if decision is None:
+            policy = self.find(tenant, stream_class)
+            if policy is None:
+                decision = _UNMATCHED[self.unmatched]
+            else:
+                decision = Encrypt(policy.suite, policy.key_scope) if policy.encrypt else PLAIN
+            self._decisions[key] = decision
+        return decision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassRule:
+    """Globs over what a rule may see; all that are given must match. `headers` maps a header's name to a glob."""
+
+    stream_class: str
+    topic: str | None = None
+    type: str | None = None
+    stream: str | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class Classifier:
+    """The first rule that matches names a stream's class, at the stream's first event, for good."""
+
+    __slots__ = ("_rules",)
+
+    def __init__(self, rules: Sequence[ClassRule]) -> None:
+        self._rules = [
+            (
+                rule,
+                [(attr, re.compile(translate(glob))) for attr in ("topic", "type", "stream") if (glob := getattr(rule, attr)) is not None],
+                [(name, re.compile(translate(glob))) for name, glob in rule.headers],
+            )
+            for rule in rules
+        ]
+
+    def match(self, *, topic: str, type: str, stream: str, headers: Mapping[str, bytes | None]) -> ClassRule | None:
+        seen = {"topic": topic, "type": type, "stream": stream}
+        for rule, fields, header_globs in self._rules:
+            if all(glob.match(seen[attr]) for attr, glob in fields) and all(
+                glob.match((headers.get(name) or b"").decode("utf-8", "replace")) for name, glob in header_globs
+            ):
+                return rule
+        return None
+
+    def classify(self, *, topic: str, type: str, stream: str, headers: Mapping[str, bytes | None]) -> str:
+        rule = self.match(topic=topic, type=type, stream=stream, headers=headers)
+        return rule.stream_class if rule else UNCLASSIFIED

@@ -1,0 +1,143 @@
+"""What stands in a view record: attributes sealed beside the value, headers rebuilt from the row, key and partition.
+
+A view record is the same to the byte whether it is projected from the source record or, on a replay, from the store:
+both paths call these functions with the same inputs.
+"""
+
+import base64
+import struct
+from datetime import UTC, datetime
+from typing import Any
+from zlib import crc32
+
+import orjson
+
+from sidecar.core.errors import MalformedEnvelope
+from sidecar.core.model import Headers
+
+ERASED_TYPE = "io.sidecar.erased.v1"
+
+OWN_HEADERS = frozenset(
+    {
+        "ce_specversion",
+        "ce_id",
+        "ce_type",
+        "ce_tenantid",
+        "ce_streamid",
+        "ce_streamtype",
+        "ce_streamposition",
+        "ce_sourcetopic",
+        "ce_sourcepartition",
+        "ce_sourceoffset",
+    }
+)
+"""Never trusted on input, always written on output; `ce_source` and `ce_time` are the application's and are kept."""
+
+_LENGTH = struct.Struct(">I")
+
+
+def _text(raw: bytes | None) -> str | dict[str, str] | None:
+    """Bytes as JSON: a string where they are UTF-8 without NUL (JSONB cannot hold one), else base64 in an object."""
+    if raw is None:
+        return None
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        return {"b64": base64.b64encode(raw).decode()}
+    return {"b64": base64.b64encode(raw).decode()} if "\0" in text else text
+
+
+def _bytes(text: Any) -> bytes | None:
+    if text is None:
+        return None
+    return base64.b64decode(text["b64"]) if isinstance(text, dict) else str(text).encode()
+
+
+def attributes(key: bytes | None, timestamp_ms: int, headers: Headers, is_tombstone: bool) -> bytes:
+    """What a record carries beside its value, as JSON: key, timestamp (ms since 1970, UTC), headers that are not ours."""
+    out: dict[str, Any] = {"key": _text(key), "timestamp": timestamp_ms}
+    kept = [[_name(name), _text(value)] for name, value in headers if name not in OWN_HEADERS]
+    if kept:
+        out["headers"] = kept
+    if is_tombstone:
+        out["tombstone"] = True
+    return orjson.dumps(out)
+
+
+def _name(name: str) -> str | dict[str, str]:
+    return {"b64": base64.b64encode(name.encode()).decode()} if "\0" in name else name
+
+
+def parse_attributes(raw: bytes | str) -> tuple[bytes | None, int, list[tuple[str, bytes | None]], bool]:
+    """-> key, timestamp in ms, headers, is_tombstone."""
+    doc = orjson.loads(raw)
+    headers = [((_bytes(name) or b"").decode(), _bytes(value)) for name, value in doc.get("headers", ())]
+    return _bytes(doc["key"]), doc["timestamp"], headers, doc.get("tombstone", False)
+
+
+def frame(attrs: bytes, value: bytes | None) -> bytes:
+    """The plaintext of a whole event: attributes are personal too, they are sealed with the value."""
+    return b"".join((_LENGTH.pack(len(attrs)), attrs, value or b""))
+
+
+def unframe(plaintext: bytes) -> tuple[bytes, bytes]:
+    """-> attributes, value."""
+    if len(plaintext) < 4 or len(plaintext) < 4 + (size := _LENGTH.unpack_from(plaintext)[0]):
+        raise MalformedEnvelope("the sealed frame is truncated")
+    return plaintext[4 : 4 + size], plaintext[4 + size :]
+
+
+def rfc3339(timestamp_ms: int) -> str:
+    """CloudEvents `time`, UTC with milliseconds."""
+    moment = datetime.fromtimestamp(timestamp_ms / 1000, UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{timestamp_ms % 1000:03d}Z"
+
+
+def view_headers(
+    source_headers: Headers,
+    timestamp_ms: int,
+    *,
+    message_id: bytes,
+    type_: bytes,
+    tenant: bytes,
+    stream: bytes,
+    stream_class: bytes,
+    position: int,
+    source: tuple[bytes, int, int] | None,
+) -> list[tuple[str, bytes | None]]:
+    """The source's own headers, then ours (contract: messages.md); what a producer wrote under our names is gone."""
+    out = [pair for pair in source_headers if pair[0] not in OWN_HEADERS]
+    names = {name for name, _ in out}
+    if "ce_source" not in names:
+        out.append(("ce_source", b"/kafka/" + source[0] if source else b"/sidecar"))
+    if "ce_time" not in names:
+        out.append(("ce_time", rfc3339(timestamp_ms).encode()))
+    out += [
+        ("ce_specversion", b"1.0"),
+        ("ce_id", message_id),
+        ("ce_type", type_),
+        ("ce_tenantid", tenant),
+        ("ce_streamid", stream),
+        ("ce_streamtype", stream_class),
+        ("ce_streamposition", b"%d" % position),
+    ]
+    if source is not None:
+        out += [("ce_sourcetopic", source[0]), ("ce_sourcepartition", b"%d" % source[1]), ("ce_sourceoffset", b"%d" % source[2])]
+    return out
+
+
+def view_key(mode: str, tenant: str, stream: str, position: int, source_key: bytes | None) -> bytes | None:
+    """By `key` mode: `tenant/stream/position`, `tenant/stream`, or the source record's own key."""
+    if mode == "event":
+        return f"{tenant}/{stream}/{position}".encode()
+    return f"{tenant}/{stream}".encode() if mode == "stream" else source_key
+
+
+def view_partition(tenant: str, stream: str, partitions: int) -> int:
+    """CRC-32 of `tenant/stream` (a tenant id holds no slash): a later tombstone finds the partition without an index."""
+    return crc32(f"{tenant}/{stream}".encode()) % partitions
+
+
+def guard_stripe(tenant: str) -> int:
+    """The advisory lock of a tenant, 0 to 255: CRC-32, never Python's `hash`, which differs per process."""
+    return crc32(tenant.encode()) % 256

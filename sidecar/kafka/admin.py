@@ -1,0 +1,101 @@
+"""Topics, offsets and fencing, asked of the broker. Calls block: run them with `asyncio.to_thread`."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Producer, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
+
+from sidecar.core.errors import BrokerUnavailable
+from sidecar.kafka.client import client_config, mapped, translate
+from sidecar.settings import Settings
+
+TIMEOUT_SECONDS = 10.0
+_ABSENT = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopicInfo:
+    """A topic as it stands; `topic_id` differs after it was deleted and made again."""
+
+    name: str
+    topic_id: str
+    partitions: int
+
+
+class Admin:
+    """One admin client, for the life of a process. Thread-safe."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._client = AdminClient(client_config(settings))
+
+    def describe(self, topics: Iterable[str]) -> dict[str, TopicInfo]:
+        """Those of the topics that exist. Raises BrokerUnavailable."""
+        names = list(topics)
+        out: dict[str, TopicInfo] = {}
+        if not names:
+            return out
+        for name, future in self._client.describe_topics(TopicCollection(names), request_timeout=TIMEOUT_SECONDS).items():
+            try:
+                found = future.result()
+            except KafkaException as error:
+                if error.args[0].code() not in _ABSENT:
+                    raise translate(error.args[0]) from None
+                continue
+            out[name] = TopicInfo(name=name, topic_id=str(found.topic_id), partitions=len(found.partitions))
+        return out
+
+    def list_topics(self) -> list[str]:
+        """Every topic's name but Kafka's own."""
+        with mapped():
+            return sorted(name for name in self._client.list_topics(timeout=TIMEOUT_SECONDS).topics if not name.startswith("__"))
+
+    def offsets(self, topics: Mapping[str, int], *, end: bool = True) -> dict[str, dict[int, int]]:
+        """Log end (or start) offsets, {topic: {partition: offset}}; `topics` gives partition counts.
+
+        The log end, not the last stable offset: `commit_transaction` returns before the markers are written.
+        """
+        spec = OffsetSpec.latest() if end else OffsetSpec.earliest()
+        wanted = {TopicPartition(topic, p): spec for topic, count in topics.items() for p in range(count)}
+        out: dict[str, dict[int, int]] = {topic: {} for topic in topics}
+        if wanted:
+            futures = self._client.list_offsets(wanted, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=TIMEOUT_SECONDS)
+            for tp, future in futures.items():
+                with mapped():
+                    out[tp.topic][tp.partition] = future.result().offset
+        return out
+
+    def create(self, topic: str, partitions: int, config: Mapping[str, str]) -> bool:
+        """True if it was made, False if it was there."""
+        new = NewTopic(topic, num_partitions=partitions, replication_factor=-1, config=dict(config))
+        try:
+            self._client.create_topics([new], request_timeout=TIMEOUT_SECONDS)[topic].result()
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:
+                return False
+            raise translate(error.args[0]) from None
+        return True
+
+    def topic_config(self, topic: str) -> dict[str, str]:
+        with mapped():
+            resource = ConfigResource(ResourceType.TOPIC, topic)
+            entries: dict[str, Any] = self._client.describe_configs([resource], request_timeout=TIMEOUT_SECONDS)[resource].result()
+        return {name: entry.value for name, entry in entries.items()}
+
+    def delete_records(self, below: Mapping[tuple[str, int], int]) -> None:
+        """Delete what stands below the given offsets."""
+        if below:
+            wanted = [TopicPartition(topic, partition, offset) for (topic, partition), offset in below.items()]
+            for future in self._client.delete_records(wanted, request_timeout=TIMEOUT_SECONDS).values():
+                with mapped():
+                    future.result()
+
+    def fence(self, transactional_id: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        """Void whatever the producers with this id have open: what they send from now on is refused by the broker."""
+        producer = Producer(client_config(self._settings, **{"transactional.id": transactional_id}))
+        try:
+            producer.init_transactions(timeout_seconds)
+        except KafkaException as error:
+            raise BrokerUnavailable(f"an instance could not be fenced: {error.args[0].name()}") from None

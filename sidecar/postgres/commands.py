@@ -1,0 +1,226 @@
+"""The inbox (`commands`) and the outbox (`receipts`). Every function runs in the caller's transaction unless it says otherwise.
+
+A command's way is `step`; `advance` moves it by compare-and-set, so that of two executors, one of which does not know yet that it
+lost its lock, only one takes a step. A receipt is written in the transaction of the step that it is about, and published later.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+from typing import Any, Final
+from uuid import UUID
+
+from sidecar.core.command import receipt_id
+from sidecar.core.errors import Conflict
+from sidecar.postgres.connection import Connection
+from sidecar.postgres.errors import mapped
+
+CHANNEL: Final = "sidecar_commands"
+TIMER_ISSUER: Final = "timer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A command on its way. `facts` are what its steps found out so far (`commands.result`)."""
+
+    command_id: UUID
+    op: str
+    tenant: str
+    payload: bytes
+    step: str | None
+    facts: dict[str, Any]
+    received_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A command as it stands in the inbox."""
+
+    payload_sha256: bytes
+    facts: dict[str, Any]
+    receipt: dict[str, Any] | None
+
+
+async def find(connection: Connection, command_id: UUID) -> Entry | None:
+    """Locks the row until the end of the transaction."""
+    with mapped():
+        row = await connection.fetchrow("SELECT payload_sha256, result, receipt FROM commands WHERE command_id = $1 FOR UPDATE", command_id)
+    return None if row is None else Entry(payload_sha256=row["payload_sha256"], facts=row["result"] or {}, receipt=row["receipt"])
+
+
+async def tenant_exists(connection: Connection, tenant: str) -> bool:
+    with mapped():
+        return bool(await connection.fetchval("SELECT EXISTS (SELECT FROM tenants WHERE tenant_id = $1)", tenant))
+
+
+async def insert(
+    connection: Connection, *, command_id: UUID, op: str, tenant: str | None, payload: bytes, issuer: str, status: str, facts: dict[str, Any],
+    receipt: dict[str, Any], at: datetime,
+) -> None:  # fmt: skip
+    """A new command, accepted or rejected, with its receipt. Raises Conflict if the id came in between."""
+    with mapped():
+        await connection.execute(
+            """INSERT INTO commands (command_id, op, tenant_id, payload, payload_sha256, issuer, status, result, receipt, received_at, finished_at)
+               VALUES ($1, $2, $3, $4, $5, $6, $7::text, $8, $9, $10, CASE WHEN $7::text = 'rejected' THEN $10::timestamptz END)""",
+            command_id,
+            op,
+            tenant,
+            payload,
+            sha256(payload).digest(),
+            issuer,
+            status,
+            facts,
+            receipt,
+            at,
+        )
+        await connection.execute("SELECT pg_notify($1, '')", CHANNEL)
+    await add_receipt(connection, receipt)
+
+
+async def add_receipt(connection: Connection, body: dict[str, Any], *, outbox_id: UUID | None = None) -> None:
+    """Into the outbox, once per id. `outbox_id` differs from the receipt's own where a stored one is to be published again."""
+    command_id = body["command_id"]
+    with mapped():
+        await connection.execute(
+            # clock_timestamp: the order of publication is the order of the steps, not of the beginnings of their transactions
+            "INSERT INTO receipts (receipt_id, command_id, status, body, created_at) VALUES ($1, $2, $3, $4, clock_timestamp()) ON CONFLICT DO NOTHING",
+            outbox_id or UUID(body["receipt_id"]),
+            command_id and UUID(command_id),
+            body["status"],
+            body,
+        )
+
+
+async def repeat_receipt(connection: Connection, body: dict[str, Any], source: str) -> None:
+    """Publish a stored receipt again because the command came again, at `source`."""
+    await add_receipt(connection, body, outbox_id=receipt_id(body["receipt_id"], "again", source))
+
+
+async def advance(
+    connection: Connection, job: Job, step: str, facts: dict[str, Any] | None = None, *, receipt: dict[str, Any] | None = None,
+    finished: bool = False,
+) -> Job:  # fmt: skip
+    """The job behind its step; with a receipt where the step gives one. Raises Conflict if somebody else took the step."""
+    with mapped():
+        row = await connection.fetchrow(
+            """UPDATE commands SET step = $3, result = coalesce(result, '{}') || $4::jsonb, receipt = coalesce($5::jsonb, receipt),
+                 status = coalesce($5::jsonb ->> 'status', status), finished_at = CASE WHEN $6 THEN clock_timestamp() END
+               WHERE command_id = $1 AND step IS NOT DISTINCT FROM $2 AND finished_at IS NULL RETURNING result""",
+            job.command_id,
+            job.step,
+            step,
+            facts or {},
+            receipt,
+            finished,
+        )
+    if row is None:
+        raise Conflict(f"command {job.command_id} was taken on by another control process")
+    if receipt is not None:
+        await add_receipt(connection, receipt)
+    return Job(
+        command_id=job.command_id,
+        op=job.op,
+        tenant=job.tenant,
+        payload=job.payload,
+        step=step,
+        facts=row["result"],
+        received_at=job.received_at,
+    )
+
+
+async def tenants_waiting(connection: Connection) -> list[str]:
+    """Tenants with commands to carry out, longest waiting first."""
+    with mapped():
+        rows = await connection.fetch("SELECT tenant_id FROM commands WHERE finished_at IS NULL GROUP BY tenant_id ORDER BY min(received_at)")
+    return [row["tenant_id"] for row in rows]
+
+
+async def next_job(connection: Connection, tenant: str) -> Job | None:
+    """What is to be done next for a tenant: a shred before all others, one that was begun before one that was not."""
+    with mapped():
+        row = await connection.fetchrow(
+            """SELECT * FROM commands WHERE tenant_id = $1 AND finished_at IS NULL
+               ORDER BY op <> 'shred', step IS NULL, received_at, command_id LIMIT 1""",
+            tenant,
+        )
+    return None if row is None else Job(
+        command_id=row["command_id"],
+        op=row["op"],
+        tenant=row["tenant_id"],
+        payload=row["payload"],
+        step=row["step"],
+        facts=row["result"] or {},
+        received_at=row["received_at"],
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unpublished:
+    outbox_id: UUID
+    command_id: UUID | None
+    body: dict[str, Any]
+    created_at: datetime
+
+
+async def unpublished(connection: Connection, limit: int = 500) -> list[Unpublished]:
+    """The oldest receipts that are not on the topic, as far as we know."""
+    with mapped():
+        rows = await connection.fetch(
+            "SELECT receipt_id, command_id, body, created_at FROM receipts WHERE published_at IS NULL ORDER BY created_at, receipt_id LIMIT $1", limit
+        )
+    return [Unpublished(outbox_id=r["receipt_id"], command_id=r["command_id"], body=r["body"], created_at=r["created_at"]) for r in rows]
+
+
+async def mark_published(connection: Connection, outbox_ids: list[UUID]) -> None:
+    with mapped():
+        await connection.execute("UPDATE receipts SET published_at = clock_timestamp() WHERE receipt_id = ANY ($1) AND published_at IS NULL", outbox_ids)
+
+
+async def receipts(connection: Connection, *, command_id: UUID | None = None) -> list[dict[str, Any]]:
+    """Bodies, newest last."""
+    with mapped():
+        rows = await connection.fetch(
+            """SELECT body FROM receipts WHERE ($1::uuid IS NULL OR command_id = $1) AND body ->> 'receipt_id' = receipt_id::text
+               ORDER BY created_at, receipt_id""",
+            command_id,
+        )
+    return [row["body"] for row in rows]
+
+
+async def receipt(connection: Connection, identity: UUID) -> dict[str, Any] | None:
+    """A receipt by its id, or the newest of the command with that id."""
+    with mapped():
+        own: dict[str, Any] | None = await connection.fetchval("SELECT body FROM receipts WHERE receipt_id = $1", identity)
+        newest: dict[str, Any] | None = own or await connection.fetchval("SELECT receipt FROM commands WHERE command_id = $1", identity)
+    return newest
+
+
+async def rotations_due(connection: Connection, now: datetime, limit: int = 500) -> list[tuple[str, str, datetime]]:
+    """-> (tenant, class, keys made before that are too old): by the tenant's own policy before the one of `*`; none twice at a time."""
+    with mapped():
+        rows = await connection.fetch(
+            """
+            WITH youngest AS (SELECT min(key_rotation_interval_days) AS days FROM encryption_policies WHERE encryption_required),
+            aged AS (
+              SELECT k.tenant_id, coalesce(s.stream_type_class, k.scope_id) AS class, k.created_at
+              FROM encryption_keys k
+              LEFT JOIN streams s ON k.scope_kind = 'stream' AND s.tenant_id = k.tenant_id AND s.stream_id = k.scope_id
+              WHERE k.is_active AND k.scope_kind IN ('stream', 'class') AND k.created_at < $1::timestamptz - make_interval(days => (SELECT days FROM youngest))
+            ),
+            oldest AS (SELECT tenant_id, class, min(created_at) AS made FROM aged GROUP BY tenant_id, class)
+            SELECT o.tenant_id, o.class, $1::timestamptz - make_interval(days => p.days) AS older_than
+            FROM oldest o JOIN tenants t USING (tenant_id)
+            CROSS JOIN LATERAL (
+              SELECT key_rotation_interval_days AS days FROM encryption_policies
+              WHERE stream_type_class = o.class AND tenant_id IN (o.tenant_id, '*') ORDER BY tenant_id = '*' LIMIT 1
+            ) p
+            WHERE t.state = 'active' AND o.made < $1::timestamptz - make_interval(days => p.days)
+              AND NOT EXISTS (SELECT FROM commands c WHERE c.finished_at IS NULL AND c.issuer = $2 AND c.tenant_id = o.tenant_id
+                              AND c.result ->> 'class' = o.class)
+            ORDER BY o.made LIMIT $3
+            """,
+            now,
+            TIMER_ISSUER,
+            limit,
+        )
+    return [(row["tenant_id"], row["class"], row["older_than"]) for row in rows]

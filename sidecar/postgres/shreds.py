@@ -1,0 +1,314 @@
+"""What shred and rotate do to keys, and what they count, as SQL. Always in the caller's transaction, mostly under the exclusive guard,
+so each statement is set-based and goes by an index where a tenant has millions of keys.
+"""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import sha256
+from typing import Any, Final
+from uuid import UUID
+
+from sidecar.core.errors import CommandRejected
+from sidecar.core.model import Scope, ScopeKind
+from sidecar.postgres.connection import Connection
+from sidecar.postgres.errors import mapped
+
+NAMED_AT_MOST: Final = 1000
+SHARERS_NAMED: Final = 20
+
+# Every key that a stream's events can have: its own scope's live one, what its history names, what it uses now.
+_STREAM_KEY_IDS = """
+  SELECT key_id FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = 'stream' AND scope_id = $2 AND is_active
+  UNION SELECT key_id FROM stream_key_history WHERE tenant_id = $1 AND stream_id = $2
+  UNION SELECT encryption_key_id FROM streams WHERE tenant_id = $1 AND stream_id = $2 AND encryption_key_id IS NOT NULL"""
+
+_DESTROY = "key_material = NULL, is_active = false, is_destroyed = true, destroyed_at = now()"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tenant:
+    state: str
+    generation: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """Which keys were destroyed (or marked), by fingerprint and by name."""
+
+    fingerprints: list[bytes] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    def on_receipt(self) -> dict[str, Any]:
+        return {"count": len(self.fingerprints), "fingerprints_sha256": sha256(b"".join(sorted(self.fingerprints))).hexdigest()}
+
+    def in_audit(self) -> dict[str, Any]:
+        """All names, or where they are too many for one row, their count and a digest over them."""
+        names = sorted(self.names)
+        if len(names) <= NAMED_AT_MOST:
+            return {"count": len(names), "keys": names}
+        return {"count": len(names), "keys_sha256": sha256("\n".join(names).encode()).hexdigest()}
+
+
+async def lock_tenant(connection: Connection, tenant: str) -> Tenant:
+    """Raises CommandRejected for one that does not exist."""
+    with mapped():
+        row = await connection.fetchrow("SELECT state, generation, epoch FROM tenants WHERE tenant_id = $1 FOR UPDATE", tenant)
+    if row is None:
+        raise CommandRejected("unknown_tenant", "there is no such tenant")
+    return Tenant(state=row["state"], generation=row["generation"], epoch=row["epoch"])
+
+
+async def next_epoch(connection: Connection, tenant: str, *, shredding: bool) -> None:
+    """No batch that was sealed under the epoch before is stored any more."""
+    with mapped():
+        await connection.execute(
+            """UPDATE tenants SET epoch = epoch + 1, state = CASE WHEN $2 AND state = 'active' THEN 'shredding' ELSE state END
+               WHERE tenant_id = $1""",
+            tenant,
+            shredding,
+        )
+
+
+async def mark_shredded(connection: Connection, tenant: str) -> None:
+    with mapped():
+        await connection.execute("UPDATE tenants SET state = 'shredded' WHERE tenant_id = $1 AND state = 'shredding'", tenant)
+
+
+async def destroy(connection: Connection, scope: Scope, command_id: UUID) -> Keys:
+    """Make the scope's keys unusable for ever, and fence it. Raises CommandRejected where others need one of them."""
+    if scope.kind is ScopeKind.TENANT:
+        return await _destroy_tenant(connection, scope.tenant)
+    await refuse_shared(connection, scope)
+    if scope.kind is ScopeKind.STREAM:
+        statement = f"UPDATE encryption_keys k SET {_DESTROY} WHERE tenant_id = $1 AND key_id IN ({_STREAM_KEY_IDS}) AND NOT is_destroyed"
+    else:
+        # By scope, not by history: whatever a retired version was used for, it goes.
+        statement = f"""UPDATE encryption_keys k SET {_DESTROY} WHERE tenant_id = $1 AND NOT is_destroyed
+          AND (scope_kind = 'class' AND scope_id = $2
+               OR scope_kind = 'stream' AND scope_id IN (SELECT stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2))"""
+    with mapped():
+        await connection.execute(statement, scope.tenant, scope.id)
+        rows = await connection.fetch(
+            f"SELECT k.key_id, k.key_version, sha256(k.commitment) AS fingerprint FROM encryption_keys k WHERE {_of_scope(scope)} AND k.is_destroyed",
+            scope.tenant,
+            scope.id,
+        )
+        keys = Keys(fingerprints=[r["fingerprint"] for r in rows], names=[f"{r['key_id']}/{r['key_version']}" for r in rows])
+        await connection.execute(
+            """INSERT INTO erased_scopes (tenant_id, scope_kind, scope_id, command_id, fingerprints) VALUES ($1, $2, $3, $4, $5)
+               ON CONFLICT DO NOTHING""",
+            scope.tenant,
+            scope.kind.value,
+            scope.id,
+            command_id,
+            sorted(keys.fingerprints),
+        )
+    return keys
+
+
+def _of_scope(scope: Scope) -> str:
+    """A condition on encryption_keys k; $1 the tenant, $2 the scope's id."""
+    if scope.kind is ScopeKind.STREAM:
+        return f"k.tenant_id = $1 AND k.key_id IN ({_STREAM_KEY_IDS}) AND k.scope_kind = 'stream' AND k.scope_id = $2"
+    return """k.tenant_id = $1 AND (k.scope_kind = 'class' AND k.scope_id = $2 OR k.scope_kind = 'stream'
+      AND k.scope_id IN (SELECT stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2))"""
+
+
+async def _destroy_tenant(connection: Connection, tenant: str) -> Keys:
+    with mapped():
+        await connection.execute(
+            "UPDATE tenant_keys SET wrapped = NULL, state = 'destroyed', destroyed_at = now() WHERE tenant_id = $1 AND state <> 'destroyed'", tenant
+        )
+        rows = await connection.fetch("SELECT generation, kek_version, fingerprint FROM tenant_keys WHERE tenant_id = $1", tenant)
+    return Keys(fingerprints=[r["fingerprint"] for r in rows], names=[f"kek/{r['generation']}/{r['kek_version']}" for r in rows])
+
+
+async def sweep(connection: Connection, scope: Scope) -> int:
+    """Destroy what the indexed paths did not name, once the fence stands and nothing new can come: a scan, so outside of the guard."""
+    if scope.kind is not ScopeKind.STREAM:
+        return 0
+    with mapped():
+        done = await connection.execute(
+            f"UPDATE encryption_keys SET {_DESTROY} WHERE tenant_id = $1 AND scope_kind = 'stream' AND scope_id = $2 AND NOT is_destroyed",
+            scope.tenant,
+            scope.id,
+        )
+    return int(done.rpartition(" ")[2])
+
+
+# Keys that the scope's events need and that are not the scope's own, so cannot be destroyed with it.
+_SHARED = {
+    ScopeKind.STREAM: f"""SELECT DISTINCT key_id, scope_kind, scope_id FROM encryption_keys WHERE tenant_id = $1 AND NOT is_destroyed
+        AND key_id IN ({_STREAM_KEY_IDS}) AND (scope_kind <> 'stream' OR scope_id <> $2)""",
+    ScopeKind.CLASS: """
+        WITH of_class AS MATERIALIZED (SELECT stream_id, encryption_key_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2),
+        used AS (SELECT h.key_id FROM of_class c JOIN stream_key_history h ON h.tenant_id = $1 AND h.stream_id = c.stream_id
+                 UNION SELECT encryption_key_id FROM of_class WHERE encryption_key_id IS NOT NULL)
+        SELECT DISTINCT key_id, scope_kind, scope_id FROM encryption_keys k JOIN used USING (key_id) WHERE k.tenant_id = $1 AND NOT k.is_destroyed
+          AND NOT (k.scope_kind = 'class' AND k.scope_id = $2)
+          AND NOT (k.scope_kind = 'stream' AND k.scope_id IN (SELECT stream_id FROM of_class))""",
+}
+
+
+async def refuse_shared(connection: Connection, scope: Scope) -> None:
+    with mapped():
+        shared = await connection.fetch(_SHARED[scope.kind], scope.tenant, scope.id)
+    if shared:
+        raise CommandRejected("shared_key", await _name_sharers(connection, scope, shared))
+
+
+async def _name_sharers(connection: Connection, scope: Scope, shared: list[Any]) -> str:
+    ids = [row["key_id"] for row in shared]
+    own = "stream_id = $3" if scope.kind is ScopeKind.STREAM else "stream_type_class = $3"
+    with mapped():
+        rows = await connection.fetch(
+            f"""SELECT stream_id, count(*) OVER () AS total FROM streams s WHERE tenant_id = $1 AND NOT {own} AND (encryption_key_id = ANY ($2)
+                  OR EXISTS (SELECT FROM stream_key_history h WHERE h.tenant_id = $1 AND h.stream_id = s.stream_id AND h.key_id = ANY ($2)))
+                ORDER BY stream_id LIMIT {SHARERS_NAMED}""",
+            scope.tenant,
+            ids,
+            scope.id,
+        )
+    of = ", ".join(sorted({"the tenant" if row["scope_kind"] == "tenant" else f"{row['scope_kind']} {row['scope_id']}" for row in shared}))
+    if not rows:
+        return f"its events are under a key of {of}; no other stream uses it yet"
+    more = rows[0]["total"] - len(rows)
+    return f"its events share a key of {of} with {', '.join(row['stream_id'] for row in rows)}{f' and {more} more' if more else ''}"
+
+
+async def retire(connection: Connection, scope: Scope, older_than: datetime | None) -> list[str]:
+    """Mark the live keys that the scope's events are sealed with; each gets its successor at its next write. -> names."""
+    of = {
+        ScopeKind.TENANT: "$2::text IS NOT NULL",
+        ScopeKind.CLASS: """(scope_kind = 'class' AND scope_id = $2 OR scope_kind = 'stream'
+            AND scope_id IN (SELECT stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2))""",
+        ScopeKind.STREAM: """(scope_kind = 'stream' AND scope_id = $2
+            OR key_id = (SELECT encryption_key_id FROM streams WHERE tenant_id = $1 AND stream_id = $2))""",
+    }[scope.kind]
+    with mapped():
+        if scope.kind is ScopeKind.STREAM:
+            known = "SELECT EXISTS (SELECT FROM streams WHERE tenant_id = $1 AND stream_id = $2)"
+            if not await connection.fetchval(known, scope.tenant, scope.id):
+                raise CommandRejected("unknown_stream", "the tenant has no such stream")
+        rows = await connection.fetch(
+            f"""UPDATE encryption_keys SET is_active = false, retired_at = now()
+                WHERE tenant_id = $1 AND is_active AND {of} AND ($3::timestamptz IS NULL OR created_at < $3) RETURNING key_id, key_version""",
+            scope.tenant,
+            scope.id,
+            older_than,
+        )
+    return [f"{row['key_id']}/{row['key_version']}" for row in rows]
+
+
+async def record_barriers(connection: Connection, command_id: UUID, tenant: str, ends: dict[int, dict[int, int]]) -> None:
+    """Source end offsets {source_id: {partition: offset}}: what stands below is refused for ever, also after a readmission."""
+    flat = [(source, partition, offset) for source, offsets in ends.items() for partition, offset in offsets.items()]
+    with mapped():
+        await connection.execute(
+            """INSERT INTO shred_barriers (command_id, tenant_id, source_id, partition, end_offset)
+               SELECT $1, $2, * FROM unnest($3::int[], $4::int[], $5::bigint[]) ON CONFLICT DO NOTHING""",
+            command_id,
+            tenant,
+            [source for source, _, _ in flat],
+            [partition for _, partition, _ in flat],
+            [offset for _, _, offset in flat],
+        )
+
+
+async def source_topics(connection: Connection) -> list[tuple[int, str, str]]:
+    """-> (source_id, topic, topic_id)."""
+    with mapped():
+        rows = await connection.fetch("SELECT source_id, topic, topic_id FROM source_topics ORDER BY source_id")
+    return [(row["source_id"], row["topic"], row["topic_id"]) for row in rows]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """As `topics apply` recorded it. `topics`, `classes`, `tenants` are globs."""
+
+    name: str
+    topic: str
+    partitions: int
+    key_mode: str
+    topics: list[str]
+    classes: list[str]
+    tenants: list[str]
+
+
+async def views(connection: Connection) -> list[View]:
+    with mapped():
+        rows = await connection.fetch("SELECT name, topic, partitions, key_mode, definition FROM views ORDER BY name")
+    out = []
+    for row in rows:
+        match = (row["definition"] or {}).get("match") or {}
+        globs = {name: match.get(name) or ["*"] for name in ("topics", "classes", "tenants")}
+        out.append(View(name=row["name"], topic=row["topic"], partitions=row["partitions"], key_mode=row["key_mode"], **globs))
+    return out
+
+
+async def stream_class(connection: Connection, tenant: str, stream: str) -> str | None:
+    """None for a stream that is not known."""
+    with mapped():
+        found: str | None = await connection.fetchval(
+            "SELECT stream_type_class FROM streams WHERE tenant_id = $1 AND stream_id = $2", tenant, stream
+        )
+    return found
+
+
+def _messages_of(scope: Scope) -> str:
+    """A condition on messages m; $1 the tenant, $2 the scope's id."""
+    if scope.kind is ScopeKind.TENANT:
+        return "m.tenant_id = $1 AND $2::text IS NOT NULL"
+    if scope.kind is ScopeKind.STREAM:
+        return "m.tenant_id = $1 AND m.stream_id = $2"
+    return "m.tenant_id = $1 AND m.stream_id IN (SELECT stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2)"
+
+
+async def count_events(connection: Connection, scope: Scope) -> tuple[int, int]:
+    """-> events that were encrypted, events that are plain."""
+    with mapped():
+        row = await connection.fetchrow(
+            f"SELECT count(m.data_encrypted) AS sealed, count(*) - count(m.data_encrypted) AS plain FROM messages m WHERE {_messages_of(scope)}",
+            scope.tenant,
+            scope.id,
+        )
+    assert row is not None  # noqa: S101 (an aggregate has one row)
+    return row["sealed"], row["plain"]
+
+
+async def count_deks(connection: Connection, scope: Scope) -> int:
+    condition = "k.tenant_id = $1 AND $2::text IS NOT NULL" if scope.kind is ScopeKind.TENANT else _of_scope(scope)
+    with mapped():
+        return int(await connection.fetchval(f"SELECT count(*) FROM encryption_keys k WHERE {condition}", scope.tenant, scope.id) or 0)
+
+
+async def delete_plain(connection: Connection, scope: Scope, after: tuple[str, int], limit: int) -> list[Any]:
+    """Delete the next plain events behind (stream, position); -> stream_id, stream_position, class, topic, metadata (JSON text).
+
+    The streams keep their positions: one that was given is never given again, not even after a readmission.
+    """
+    with mapped():
+        return await connection.fetch(
+            f"""
+            WITH next AS (
+              SELECT m.stream_id, m.stream_position FROM messages m
+              WHERE {_messages_of(scope)} AND m.data_encrypted IS NULL AND (m.stream_id, m.stream_position) > ($3, $4)
+              ORDER BY m.stream_id, m.stream_position LIMIT $5
+            ), gone AS (
+              DELETE FROM messages m USING next n WHERE m.tenant_id = $1 AND m.stream_id = n.stream_id AND m.stream_position = n.stream_position
+              RETURNING m.stream_id, m.stream_position, m.metadata::text AS metadata, m.source_id
+            ), kept AS (
+              UPDATE streams s SET position = greatest(s.position, g.newest)
+              FROM (SELECT stream_id, max(stream_position) AS newest FROM gone GROUP BY stream_id) g
+              WHERE s.tenant_id = $1 AND s.stream_id = g.stream_id
+            )
+            SELECT g.*, s.stream_type_class AS class, t.topic FROM gone g
+            LEFT JOIN streams s ON s.tenant_id = $1 AND s.stream_id = g.stream_id LEFT JOIN source_topics t ON t.source_id = g.source_id
+            ORDER BY g.stream_id, g.stream_position""",
+            scope.tenant,
+            scope.id,
+            after[0],
+            after[1],
+            limit,
+        )

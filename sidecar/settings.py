@@ -1,0 +1,353 @@
+"""Configuration: flags, then environment (SIDECAR_KAFKA__BOOTSTRAP_SERVERS, …_FILE for a secret's file), then sidecar.yaml, then defaults.
+
+Every limit has its unit in its name or is written with one (16MiB).
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+
+from sidecar.core.aead import Suite
+from sidecar.core.errors import ConfigurationError, UnsupportedEnvelope
+from sidecar.core.model import ScopeKind
+from sidecar.core.policy import ClassRule, Policy
+
+ENV_PREFIX = "SIDECAR_"
+CONFIG_ENV = "SIDECAR_CONFIG"
+# Variables under the prefix that are not settings: where the file is, and the test set-up's own.
+_NOT_SETTINGS = ("CONFIG", "TEST_", "DEV_")
+
+
+class _Section(BaseModel):
+    """A misspelt name is an error, never ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _off(value: Any) -> Any:
+    """YAML 1.1 reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
+class KafkaSecurity(_Section):
+    protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    username: str | None = None
+    password: SecretStr | None = None
+    password_file: Path | None = None
+    ca_file: Path | None = None
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _sasl_is_whole(self) -> Self:
+        if self.protocol.startswith("SASL") and not (self.mechanism and self.username and (self.password or self.password_file)):
+            raise ValueError(f"{self.protocol} needs mechanism, username and password_file")
+        return self
+
+    def secret(self) -> str:
+        """The password, read when it is needed: a mounted secret may change."""
+        if self.password_file is not None:
+            return _read_secret(self.password_file, "kafka.security.password_file")
+        return self.password.get_secret_value() if self.password else ""
+
+
+class KafkaSettings(_Section):
+    bootstrap_servers: str = "127.0.0.1:9092"
+    security: KafkaSecurity = KafkaSecurity()
+    client: dict[str, str | int | float | bool] = {}
+    """Passed to librdkafka as it is."""
+    group_protocol: Literal["auto", "consumer", "classic"] = "auto"
+
+
+class PostgresSettings(_Section):
+    dsn: SecretStr = SecretStr("postgresql:///sidecar")
+    dsn_data: SecretStr | None = None
+    dsn_control: SecretStr | None = None
+    dsn_reader: SecretStr | None = None
+    dsn_migrator: SecretStr | None = None
+
+    def for_role(self, role: Literal["data", "control", "reader", "migrator"]) -> str:
+        """The DSN of a role, or the common one."""
+        own: SecretStr | None = getattr(self, f"dsn_{role}")
+        return (own or self.dsn).get_secret_value()
+
+
+class KmsSettings(_Section):
+    uri: str = "file:./keys/kek"
+
+
+class SourceSettings(_Section):
+    topic: str
+    """A name, or a glob over names."""
+    format: Literal["cloudevents", "json"] = "cloudevents"
+    tenant: str = "header:ce_tenantid"
+    stream: str = "header:ce_streamid"
+    type: str = "header:ce_type"
+    id: str | None = "header:ce_id"
+    """Without one the id is topic/partition/offset."""
+    start: Literal["earliest", "latest"] = "earliest"
+    on_lost_offsets: Literal["stop", "store", "replay"] = "stop"
+    """Events of this source are stored, but its group has no committed offset (it expired, or was deleted), so what was
+    projected is not known. stop: refuse the partition; store: go on from the store's cursor; replay: project all again."""
+    tenants: list[str] = ["*"]
+    purge: Annotated[Literal["off", "after_projection"], BeforeValidator(_off)] = "off"
+
+    @field_validator("tenant", "stream", "type", "id")
+    @classmethod
+    def _extractor(cls, value: str | None) -> str | None:
+        kinds = ("header:", "json:/", "const:", "topic:")
+        if value is not None and value != "key" and not value.startswith(kinds):
+            raise ValueError(f"{value!r} is no extractor; use header:NAME, json:/pointer, key, topic:REGEX or const:VALUE")
+        return value
+
+
+class ClassWhen(_Section):
+    topic: str | None = None
+    type: str | None = None
+    stream: str | None = None
+    headers: dict[str, str] = {}
+
+
+class ClassSettings(_Section):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    stream_class: str = Field(alias="class")
+    when: ClassWhen
+
+    def rule(self) -> ClassRule:
+        when = self.when
+        return ClassRule(
+            stream_class=self.stream_class, topic=when.topic, type=when.type, stream=when.stream, headers=tuple(when.headers.items())
+        )
+
+
+class PolicySpec(_Section):
+    """A policy as written in YAML and given to `sidecar policy apply`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    stream_class: str = Field(alias="class", min_length=1, max_length=255)
+    tenant: str = "*"
+    encrypt: bool = True
+    algorithm: str = Suite.AES_256_GCM.label
+    key_scope: Literal["stream", "class", "tenant"] = "stream"
+    rotation_days: int | None = Field(default=None, ge=1)
+
+    @field_validator("algorithm")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        try:
+            return Suite.from_label(value).label
+        except UnsupportedEnvelope as error:
+            raise ValueError(str(error)) from None
+
+    def policy(self, policy_id: str, version: int = 1) -> Policy:
+        return Policy(
+            policy_id=policy_id,
+            stream_class=self.stream_class,
+            tenant=self.tenant,
+            encrypt=self.encrypt,
+            suite=Suite.from_label(self.algorithm),
+            key_scope=ScopeKind(self.key_scope),
+            rotation_days=self.rotation_days,
+            version=version,
+        )
+
+
+class PoliciesSettings(_Section):
+    unmatched: Literal["encrypt", "plain", "refuse"] = "encrypt"
+    install: list[PolicySpec] = []
+    """Installed once, where no policy of that tenant and class exists yet; afterwards `sidecar policy apply`."""
+
+
+class ViewMatch(_Section):
+    topics: list[str] = ["*"]
+    classes: list[str] = ["*"]
+    tenants: list[str] = ["*"]
+
+
+class ViewSettings(_Section):
+    name: str
+    topic: str
+    partitions: int = Field(default=6, ge=1)
+    match: ViewMatch = ViewMatch()
+    key: Literal["event", "stream", "source"] = "event"
+    retention: str = "7d"
+    erase_within: str = "1h"
+
+    @field_validator("retention", "erase_within")
+    @classmethod
+    def _duration(cls, value: str) -> str:
+        duration_ms(value)
+        return value
+
+
+class ControlSettings(_Section):
+    topic: str = "sidecar.control"
+    receipts: str = "sidecar.receipts"
+    allow_unsigned: bool = False
+
+
+class DeadLetterSettings(_Section):
+    topic: str = "sidecar.dead-letters"
+
+
+class BatchSettings(_Section):
+    max_records: int = Field(default=2000, ge=1, le=100_000)
+    max_bytes: ByteSize = ByteSize(16 * 2**20)
+    max_wait_ms: int = Field(default=50, ge=1)
+
+
+class LimitSettings(_Section):
+    max_record_bytes: ByteSize = ByteSize(2**20)
+    max_headers: int = Field(default=256, ge=8)
+    key_cache_entries: int = Field(default=200_000, ge=1000)
+    stream_heads: int = Field(default=500_000, ge=1000)
+
+
+class HttpSettings(_Section):
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535)
+    """0 takes a free one; the `ready` line says which."""
+
+
+class Settings(_Section):
+    deployment: str = Field(default="demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    profile: Literal["development", "production"] = "development"
+    kafka: KafkaSettings = KafkaSettings()
+    postgres: PostgresSettings = PostgresSettings()
+    kms: KmsSettings = KmsSettings()
+    sources: list[SourceSettings] = []
+    classes: list[ClassSettings] = []
+    policies: PoliciesSettings = PoliciesSettings()
+    views: list[ViewSettings] = []
+    control: ControlSettings = ControlSettings()
+    dead_letters: DeadLetterSettings = DeadLetterSettings()
+    batch: BatchSettings = BatchSettings()
+    limits: LimitSettings = LimitSettings()
+    http: HttpSettings = HttpSettings()
+
+    @property
+    def group_id(self) -> str:
+        return f"{self.deployment}.sidecar"
+
+    def transactional_id(self, instance_id: str) -> str:
+        return f"{self.deployment}.{instance_id}"
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        for what, names in (("view name", [v.name for v in self.views]), ("view topic", [v.topic for v in self.views])):
+            if len(names) != len(set(names)):
+                raise ValueError(f"views: a {what} stands twice")
+        return self
+
+    def check_profile(self) -> None:
+        """The production profile refuses every development default by name."""
+        if self.profile != "production":
+            return
+        refused = {
+            "kms.uri": ("a key file is a copy away from being someone else's", self.kms.uri.startswith("file:")),
+            "control.allow_unsigned": ("anyone who may write to the control topic could shred", self.control.allow_unsigned),
+            "kafka.security.protocol": ("events would cross the network in clear", self.kafka.security.protocol in ("PLAINTEXT", "SASL_PLAINTEXT")),
+        }
+        for where, (why, bad) in refused.items():
+            if bad:
+                raise ConfigurationError(f"profile production refuses {where} as it is: {why}", where=where, mend="set it, or use profile: development")
+
+
+def duration_ms(text: str) -> int:
+    """`7d`, `1h`, `30m`, `45s`, `500ms` in milliseconds; ValueError for anything else."""
+    units = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+    number = text.rstrip("dhms")
+    unit = text[len(number) :]
+    if unit not in units or not number.isdigit():
+        raise ValueError(f"{text!r} is no duration; write 7d, 1h, 30m, 45s or 500ms")
+    return int(number) * units[unit]
+
+
+def find_config(path: Path | None) -> Path:
+    """The file that `--config`, $SIDECAR_CONFIG or the current folder gives."""
+    return path or Path(os.environ.get(CONFIG_ENV, "sidecar.yaml"))
+
+
+def load(path: Path | None = None, *, flags: dict[str, Any] | None = None) -> Settings:
+    """Read, merge and check. Raises ConfigurationError: what, where, how to mend. Paths are relative to the file."""
+    file = find_config(path)
+    try:
+        document = yaml.safe_load(file.read_text()) or {}
+    except FileNotFoundError:
+        raise ConfigurationError(
+            "there is no configuration file", where=str(file), mend="`sidecar init DIR` writes one; --config or $SIDECAR_CONFIG names it"
+        ) from None
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigurationError("the configuration file cannot be read", where=f"{file}: {_first_line(error)}", mend="mend its YAML") from None
+    if not isinstance(document, dict):
+        raise ConfigurationError("the configuration file is no mapping", where=str(file), mend="start from `sidecar init DIR`")
+    for layer in (_from_environment(), flags or {}):
+        _merge(document, layer)
+    return parse(document, where=str(file), base=file.parent)
+
+
+def parse(document: dict[str, Any], *, where: str, base: Path) -> Settings:
+    """Settings from a document; relative paths in it are relative to `base`."""
+    try:
+        settings = Settings.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(str(part) for part in first["loc"]) or "top level"
+        what = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            what = f"{at.rpartition('.')[2]!r} is no setting"
+        raise ConfigurationError(what, where=f"{where}: {at}", mend="`sidecar config show` lists every setting and its value") from None
+    settings.check_profile()
+    return _with_absolute_paths(settings, base)
+
+
+def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
+    security = settings.kafka.security
+    files = {n: (base / p).resolve() for n in ("password_file", "ca_file", "certificate_file", "key_file") if (p := getattr(security, n))}
+    kafka = settings.kafka.model_copy(update={"security": security.model_copy(update=files)})
+    kms = settings.kms
+    if kms.uri.startswith("file:"):
+        kms = kms.model_copy(update={"uri": f"file:{(base / kms.uri.removeprefix('file:')).resolve()}"})
+    return settings.model_copy(update={"kafka": kafka, "kms": kms})
+
+
+def _from_environment() -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in os.environ.items():
+        path = name.removeprefix(ENV_PREFIX)
+        if path == name or path.startswith(_NOT_SETTINGS):
+            continue
+        # a setting that is itself called …_file keeps its name
+        if path.endswith("_FILE") and not path.lower().endswith(("password_file", "ca_file", "certificate_file", "key_file")):
+            value, path = _read_secret(Path(value), name), path.removesuffix("_FILE")
+        keys = path.lower().split("__")
+        here = out
+        for key in keys[:-1]:
+            here = here.setdefault(key, {})
+        here[keys[-1]] = yaml.safe_load(value) if value[:1] in "[{" else value
+    return out
+
+
+def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _read_secret(path: Path, where: str) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise ConfigurationError(
+            f"the secret's file cannot be read: {error.strerror}", where=f"{where}: {path}", mend="name a file that this user may read"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
