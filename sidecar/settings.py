@@ -119,9 +119,7 @@ class ClassSettings(_Section):
 
     def rule(self) -> ClassRule:
         when = self.when
-        return ClassRule(
-            stream_class=self.stream_class, topic=when.topic, type=when.type, stream=when.stream, headers=tuple(when.headers.items())
-        )
+        return ClassRule(stream_class=self.stream_class, topic=when.topic, type=when.type, stream=when.stream, headers=tuple(when.headers.items()))
 
 
 class PolicySpec(_Section):
@@ -254,7 +252,9 @@ class Settings(_Section):
         }
         for where, (why, bad) in refused.items():
             if bad:
-                raise ConfigurationError(f"profile production refuses {where} as it is: {why}", where=where, mend="set it, or use profile: development")
+                raise ConfigurationError(
+                    f"profile production refuses {where} as it is: {why}", where=where, mend="set it, or use profile: development"
+                )
 
 
 def duration_ms(text: str) -> int:

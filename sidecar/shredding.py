@@ -167,7 +167,9 @@ class Shredding:
             async with transaction(self._pool) as connection:
                 await guard.mark_fenced(connection, lost)
             telemetry.fenced.labels("instance").inc(len(lost))
-            telemetry.log.warning("instances fenced", extra={"action": "fence", "command_id": job.command_id, "instances": [i.instance_id for i in lost]})
+            telemetry.log.warning(
+                "instances fenced", extra={"action": "fence", "command_id": job.command_id, "instances": [i.instance_id for i in lost]}
+            )
         gone = {i.instance_id for i in lost}
         outcome = {"running": "released", "stopped": "stopped", "fenced": "fenced"}
         return [{"instance_id": i.instance_id, "outcome": "fenced" if i.instance_id in gone else outcome[i.state]} for i in found]

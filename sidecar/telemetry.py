@@ -133,7 +133,9 @@ async def start_http(http: HttpSettings, *, ready: Callable[[], tuple[bool, str]
     except OSError as error:
         await runner.cleanup()
         raise ConfigurationError(
-            f"the HTTP address cannot be used: {error.strerror}", where=f"http: {http.host}:{http.port}", mend="free it, or set http.port (0 takes a free one)"
+            f"the HTTP address cannot be used: {error.strerror}",
+            where=f"http: {http.host}:{http.port}",
+            mend="free it, or set http.port (0 takes a free one)",
         ) from None
     return runner
 

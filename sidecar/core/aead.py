@@ -78,10 +78,11 @@ def expand(key: bytes | bytearray, label: str, *parts: bytes) -> bytes:
 
 
 def open_into(cipher: Cipher, nonce: bytes, sealed: bytes, aad: bytes, out: bytearray) -> None:
-    """Open into a buffer that the caller wipes; AuthenticationFailed and an untouched promise if the tag does not fit."""
+    """Open into a buffer that the caller wipes; AuthenticationFailed, and nothing in the buffer, if the tag does not fit."""
     try:
         cipher.decrypt_into(nonce, sealed, aad, out)
     except InvalidTag:
+        wipe(out)  # the library decrypts before it checks the tag and leaves what it wrote
         raise AuthenticationFailed from None
 
 

@@ -38,17 +38,13 @@ def tenant_ref(tenant: str) -> bytes:
     return sha256(lp(b"ks/tenant-ref/v1", tenant.encode())).digest()[:16]
 
 
-def link(
-    prev: bytes, *, writer: str, seq: int, at: datetime, action: str, actor: str, tenant_ref: bytes | None, details: dict[str, Any]
-) -> AuditRow:
+def link(prev: bytes, *, writer: str, seq: int, at: datetime, action: str, actor: str, tenant_ref: bytes | None, details: dict[str, Any]) -> AuditRow:
     """The next row of a chain whose newest hash is `prev` (GENESIS for the first)."""
     moment = at.astimezone(UTC).isoformat(timespec="microseconds")
     canonical = json.dumps(details, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     parts = (prev, writer.encode(), u64(seq), moment.encode(), action.encode(), actor.encode(), tenant_ref or b"", canonical.encode())
     digest = sha256(lp(b"ks/audit/v1", *parts)).digest()
-    return AuditRow(
-        writer=writer, seq=seq, at=at, action=action, actor=actor, tenant_ref=tenant_ref, details=details, prev_hash=prev, hash=digest
-    )
+    return AuditRow(writer=writer, seq=seq, at=at, action=action, actor=actor, tenant_ref=tenant_ref, details=details, prev_hash=prev, hash=digest)
 
 
 def find_break(rows: Iterable[AuditRow]) -> str | None:

@@ -18,6 +18,7 @@ import orjson
 
 from sidecar.core.errors import MalformedRecord
 from sidecar.core.model import identifier, tenant_id
+from sidecar.core.view import LAST_MS
 
 STRUCTURED = b"application/cloudevents+json"
 
@@ -190,6 +191,4 @@ def occurred_at(headers: Mapping[str, bytes | None], timestamp_ms: int) -> int:
                 return round(moment.timestamp() * 1_000_000)
         except (ValueError, OverflowError):
             pass
-    return timestamp_ms * 1000
-
-
+    return min(max(timestamp_ms, 0), LAST_MS) * 1000  # a producer may write any number, Postgres and Python end somewhere

@@ -17,7 +17,7 @@ from enum import StrEnum
 from hashlib import sha256
 from uuid import UUID
 
-from sidecar.core.aead import KEY_BYTES, NONCE_BYTES, TAG_BYTES, AESGCM, Cipher, Suite, expand, lp, open_into, u32, wipe
+from sidecar.core.aead import AESGCM, KEY_BYTES, NONCE_BYTES, TAG_BYTES, Cipher, Suite, expand, lp, open_into, u32, wipe
 from sidecar.core.errors import AuthenticationFailed
 from sidecar.core.model import Scope
 
@@ -133,6 +133,30 @@ class Dek:
         cipher = suite.cipher(self._secret)
         wipe(self._secret)
         return cipher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KekRow:
+    """A row of tenant_keys."""
+
+    tenant: str
+    generation: int
+    version: int
+    kms_uri: str
+    kms_key_version: str
+    wrapped: bytes | None
+    fingerprint: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DekRow:
+    """A row of encryption_keys."""
+
+    name: KeyName
+    kek_version: int
+    wrapped: bytes | None
+    commitment: bytes
+    is_active: bool = True
 
 
 def kek_context(tenant: str, generation: int, version: int) -> bytes:

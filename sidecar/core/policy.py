@@ -79,7 +79,7 @@ class PolicySet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassRule:
-    """Globs over what a rule may see; all that are given must match. `headers` maps a header's name to a glob."""
+    """Globs over what a rule may see; all that are given must match. `headers` maps a header's name to a glob; one that is missing matches none."""
 
     stream_class: str
     topic: str | None = None
@@ -107,7 +107,7 @@ class Classifier:
         seen = {"topic": topic, "type": type, "stream": stream}
         for rule, fields, header_globs in self._rules:
             if all(glob.match(seen[attr]) for attr, glob in fields) and all(
-                glob.match((headers.get(name) or b"").decode("utf-8", "replace")) for name, glob in header_globs
+                name in headers and glob.match((headers[name] or b"").decode("utf-8", "replace")) for name, glob in header_globs
             ):
                 return rule
         return None

@@ -34,6 +34,8 @@ OWN_HEADERS = frozenset(
 """Never trusted on input, always written on output; `ce_source` and `ce_time` are the application's and are kept."""
 
 _LENGTH = struct.Struct(">I")
+LAST_MS = 253_402_300_799_999
+"""9999-12-31T23:59:59.999Z, the last moment that Python's calendar holds."""
 
 
 def _text(raw: bytes | None) -> str | dict[str, str] | None:
@@ -68,11 +70,11 @@ def _name(name: str) -> str | dict[str, str]:
     return {"b64": base64.b64encode(name.encode()).decode()} if "\0" in name else name
 
 
-def parse_attributes(raw: bytes | str) -> tuple[bytes | None, int, list[tuple[str, bytes | None]], bool]:
+def parse_attributes(raw: bytes | str | dict[str, Any]) -> tuple[bytes | None, int, list[tuple[str, bytes | None]], bool]:
     """-> key, timestamp in ms, headers, is_tombstone."""
-    doc = orjson.loads(raw)
+    doc = raw if isinstance(raw, dict) else orjson.loads(raw)
     headers = [((_bytes(name) or b"").decode(), _bytes(value)) for name, value in doc.get("headers", ())]
-    return _bytes(doc["key"]), doc["timestamp"], headers, doc.get("tombstone", False)
+    return _bytes(doc.get("key")), doc.get("timestamp", 0), headers, doc.get("tombstone", False)
 
 
 def frame(attrs: bytes, value: bytes | None) -> bytes:
@@ -88,8 +90,9 @@ def unframe(plaintext: bytes) -> tuple[bytes, bytes]:
 
 
 def rfc3339(timestamp_ms: int) -> str:
-    """CloudEvents `time`, UTC with milliseconds."""
-    moment = datetime.fromtimestamp(timestamp_ms / 1000, UTC)
+    """CloudEvents `time`, UTC with milliseconds. A producer may write any number: what no calendar holds becomes its edge."""
+    timestamp_ms = min(max(timestamp_ms, 0), LAST_MS)
+    moment = datetime.fromtimestamp(timestamp_ms // 1000, UTC)
     return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{timestamp_ms % 1000:03d}Z"
 
 

@@ -210,9 +210,18 @@ class KafkaSource:
         return await self._call(read)
 
     def commit(self, offsets: Mapping[Partition, int]) -> None:
-        """Commit offsets outside a transaction: for batches that project nothing. Blocks; thread-safe."""
+        """Commit offsets outside a transaction, in the background: for batches that project nothing. Thread-safe."""
         with mapped():
-            self._consumer.commit(offsets=[TopicPartition(t, p, o) for (t, p), o in offsets.items()], asynchronous=False)
+            self._consumer.commit(offsets=[TopicPartition(t, p, o) for (t, p), o in offsets.items()], asynchronous=True)
+
+    async def commit_start(self, partition: Partition, offset: int) -> None:
+        """Record where a group begins, before anything is stored: no committed offset beside a lease then means a lost one."""
+
+        def commit() -> None:
+            with mapped():
+                self._consumer.commit(offsets=[TopicPartition(*partition, offset)], asynchronous=False)
+
+        await self._call(commit)
 
     async def assignment(self) -> list[Partition]:
         def read() -> list[Partition]:

@@ -127,19 +127,17 @@ class ViewWriter:
     """Erased notices and tombstones: idempotent, acks=all. Thread-safe."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._producer: Producer | None = None
+        self._producer = Producer(client_config(settings, **{"enable.idempotence": True, "linger.ms": 2, "message.timeout.ms": 10_000}))
 
     def write(self, records: Iterable[ViewRecord]) -> int:
         """Answers how many, when all of them are durable. Raises BrokerUnavailable: some may be written, write them again."""
-        if self._producer is None:
-            self._producer = Producer(client_config(self._settings, **{"enable.idempotence": True, "linger.ms": 2, "message.timeout.ms": 10_000}))
         return _deliver(self._producer, ((r.topic, r.partition, r.key, r.value, r.headers) for r in records))
 
 
 def publish_command(settings: Settings, tenant: str, value: bytes) -> None:
     """Put a command on the control topic; answers when it is durable. Raises BrokerUnavailable or AccessDenied."""
-    producer = Producer(client_config(settings, **{"enable.idempotence": True, "linger.ms": 0, "message.timeout.ms": 10_000}))
+    # Not idempotent: that costs half a second at the producer's start, and the inbox knows a command that comes twice.
+    producer = Producer(client_config(settings, **{"acks": "all", "linger.ms": 0, "message.timeout.ms": 10_000}))
     _deliver(producer, [(settings.control.topic, None, tenant.encode(), value, [])])
 
 

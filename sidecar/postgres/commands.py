@@ -77,11 +77,11 @@ async def insert(
     await add_receipt(connection, receipt)
 
 
-async def add_receipt(connection: Connection, body: dict[str, Any], *, outbox_id: UUID | None = None) -> None:
-    """Into the outbox, once per id. `outbox_id` differs from the receipt's own where a stored one is to be published again."""
+async def add_receipt(connection: Connection, body: dict[str, Any], *, outbox_id: UUID | None = None) -> bool:
+    """Into the outbox, once per id; False if it was there. `outbox_id` is another than the receipt's where a stored one goes out again."""
     command_id = body["command_id"]
     with mapped():
-        await connection.execute(
+        done = await connection.execute(
             # clock_timestamp: the order of publication is the order of the steps, not of the beginnings of their transactions
             "INSERT INTO receipts (receipt_id, command_id, status, body, created_at) VALUES ($1, $2, $3, $4, clock_timestamp()) ON CONFLICT DO NOTHING",
             outbox_id or UUID(body["receipt_id"]),
@@ -89,6 +89,7 @@ async def add_receipt(connection: Connection, body: dict[str, Any], *, outbox_id
             body["status"],
             body,
         )
+    return str(done) == "INSERT 0 1"
 
 
 async def repeat_receipt(connection: Connection, body: dict[str, Any], source: str) -> None:

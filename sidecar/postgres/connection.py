@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import orjson
@@ -10,8 +10,11 @@ import orjson
 from sidecar.core.errors import ConfigurationError
 from sidecar.postgres.errors import mapped
 
-Connection = asyncpg.Connection[asyncpg.Record]
-Pool = asyncpg.Pool[asyncpg.Record]
+if TYPE_CHECKING:  # generic for the type checker only
+    Connection = asyncpg.Connection[asyncpg.Record]
+    Pool = asyncpg.Pool[asyncpg.Record]
+else:
+    Connection, Pool = asyncpg.Connection, asyncpg.Pool
 
 
 def _encode_json(value: Any) -> str:
@@ -74,3 +77,11 @@ async def refuse_transaction_pooling(connection: Connection) -> None:
             where="postgres.dsn",
             mend="name Postgres itself, or a pooler in session mode",
         )
+
+
+def without_password(dsn: str) -> str:
+    """A DSN for people's eyes."""
+    parts = urlsplit(dsn)
+    host = parts.netloc.rpartition("@")[2]
+    user = parts.username or ""
+    return urlunsplit((parts.scheme, f"{user}@{host}" if user else host, parts.path, "", ""))

@@ -41,9 +41,7 @@ def free_ports(count: int, *, wanted: Sequence[int] = (), move: bool = True) -> 
     if len(wanted) == count and 0 not in wanted and not taken:
         return list(wanted)
     if not move:
-        raise LocalStackError(
-            f"port {', '.join(map(str, taken))} of 127.0.0.1 was taken by another program meanwhile. Stop that, or let `up` move on"
-        )
+        raise LocalStackError(f"port {', '.join(map(str, taken))} of 127.0.0.1 was taken by another program. Stop that, or let `up` move on")
     found: list[int] = []
     for port in random.SystemRandom().sample(_BELOW_EPHEMERAL, 500):
         if _is_free(port):

@@ -24,7 +24,8 @@ from sidecar.testing import local_stack as stacks
 from sidecar.testing.local_stack import LocalStack, LocalStackError
 
 Unique = Callable[[str], str]
-DEV = [sys.executable, "-c", "from sidecar.cli.dev import app; app()"]
+# A shell that runs us in the background makes its children ignore Ctrl-C; a terminal does not.
+DEV = [sys.executable, "-c", "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from sidecar.cli.dev import app; app()"]
 
 
 @pytest.fixture

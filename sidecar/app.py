@@ -1,0 +1,187 @@
+"""Composition root: settings → adapters → flows."""
+
+import asyncio
+import signal
+from contextlib import suppress
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+
+from sidecar import policies, telemetry, topics
+from sidecar.core.errors import ConfigurationError
+from sidecar.core.extract import Extractor
+from sidecar.core.policy import Classifier
+from sidecar.event_store import Ciphers
+from sidecar.kafka.admin import Admin
+from sidecar.kafka.consumer import KafkaSource, Partition
+from sidecar.kafka.producer import TransactionalProducer
+from sidecar.keys import KeyManagement
+from sidecar.kms import open_kms
+from sidecar.pipeline import Pipeline, Ports
+from sidecar.postgres import leases, migrations
+from sidecar.postgres.batches import GuardSession
+from sidecar.postgres.connection import connected, open_pool
+from sidecar.postgres.keystore import KeyStore
+from sidecar.postgres.leases import Lease
+from sidecar.settings import Settings, SourceSettings
+from sidecar.streams import Streams
+from sidecar.upkeep import Upkeep
+from sidecar.views import Views
+
+
+class SystemClock:
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+
+class Sources:
+    """Which source a topic belongs to, and where its partitions begin."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._sources = settings.sources
+        self._known: dict[str, tuple[SourceSettings, Extractor]] = {}
+        self.topic_ids: dict[str, str] = {}
+
+    def of(self, topic: str) -> tuple[SourceSettings, Extractor]:
+        if topic not in self._known:
+            source = next((s for s in self._sources if fnmatchcase(topic, s.topic)), None)
+            if source is None:
+                raise ConfigurationError(f"no source names the topic {topic}", where="sources")
+            self._known[topic] = (
+                source,
+                Extractor(tenant=source.tenant, stream=source.stream, type=source.type, id=source.id, tenants=source.tenants),
+            )
+        return self._known[topic]
+
+    def extractor(self, topic: str) -> Extractor:
+        return self.of(topic)[1]
+
+
+class Claimer:
+    """Takes the lease of an assigned partition: which source it is, and from where on it is read."""
+
+    def __init__(self, sources: Sources, session: GuardSession, admin: Admin, instance_id: str) -> None:
+        self._sources, self._session, self._admin, self._instance_id = sources, session, admin, instance_id
+        self.source: KafkaSource | None = None
+
+    async def claim(self, partition: Partition) -> tuple[Lease, int] | None:
+        """-> the lease, the offset to read from; None if the partition must wait for a person (said in the log).
+
+        No lease, no committed offset: the source's `start` says. A lease without a committed offset: what was projected is not
+        known, and `on_lost_offsets` decides. The start is committed before the lease is made, so that the two are never confused.
+        """
+        topic, number = partition
+        settings, _ = self._sources.of(topic)
+        found = (await asyncio.to_thread(self._admin.describe, [topic])).get(topic)
+        if found is None or self.source is None:
+            return None
+        self._sources.topic_ids[topic] = found.topic_id
+        connection = self._session.connection
+        source_id, made_again = await leases.register_source(connection, topic, found.topic_id)
+        stored = await leases.stored_cursor(connection, source_id, number)
+        committed = (await self.source.committed([partition]))[partition]
+        low, high = await self.source.watermarks(partition)
+        if stored is None:
+            # a committed offset of a topic that was made again belongs to the one before
+            start = low if made_again else committed if committed is not None else low if settings.start == "earliest" else high
+            await self.source.commit_start(partition, start)
+            committed = start
+        else:
+            start = stored
+            if committed is None:
+                if settings.on_lost_offsets == "stop":
+                    telemetry.log.error(
+                        "the group's committed offset is gone: what was projected is not known; set sources[].on_lost_offsets to store or replay",
+                        extra={"action": "claim", "topic": topic, "partition": number},
+                    )
+                    return None
+                committed = stored if settings.on_lost_offsets == "store" else low
+        epoch, stored = await leases.claim(connection, source_id, number, self._instance_id, start)
+        if min(stored, committed) < low:
+            telemetry.log.error(
+                "records were deleted from the source before they were read",
+                extra={"action": "claim", "topic": topic, "partition": number, "from": min(stored, committed), "to": low},
+            )
+        return Lease(topic, number, source_id, epoch, stored, committed, stored), max(min(stored, committed), low)
+
+
+async def run_data_plane(settings: Settings, instance_id: str) -> None:
+    """`sidecar run`: until SIGTERM or SIGINT, then gracefully."""
+    telemetry.start_logging()
+    if not settings.sources:
+        raise ConfigurationError("there is no source", where="sources", mend="name a topic to read, see `sidecar init`")
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop.set)
+    kms = open_kms(settings.kms.uri)
+    await kms.check()
+    if settings.kms.uri.startswith("file:"):
+        telemetry.log.warning("the KMS is a key file: losing it loses the data, a copy of it opens them", extra={"action": "start"})
+    admin = Admin(settings)
+    views, dead_letter_partitions = await prepare(settings, admin)
+    pool = await open_pool(settings.postgres.for_role("data"), application_name=f"sidecar keys {instance_id}")
+    keys, store = KeyManagement(kms), KeyStore(pool)
+    session = GuardSession(settings.postgres.for_role("data"), instance_id, settings.transactional_id(instance_id))
+    sources = Sources(settings)
+    claimer = Claimer(sources, session, admin, instance_id)
+    ports = Ports(
+        settings=settings,
+        instance_id=instance_id,
+        session=session,
+        producer=TransactionalProducer(settings, instance_id),
+        streams=Streams(store, keys, max_streams=min(settings.limits.stream_heads, settings.limits.key_cache_entries)),
+        extractor_of=sources.extractor,
+        classifier=Classifier([c.rule() for c in settings.classes]),
+        views=views,
+        dead_letter_partitions=dead_letter_partitions,
+        load_policies=lambda: store.policies(settings.policies.unmatched),
+        new_ciphers=lambda: Ciphers(store, keys),
+        claim=claimer.claim,
+        clock=SystemClock(),
+    )
+    pipeline = Pipeline(ports)
+    http = await telemetry.start_http(settings.http, ready=lambda: pipeline.ready)
+    source = KafkaSource(settings, instance_id, on_assigned=pipeline.assigned, on_revoked=pipeline.revoked)
+    claimer.source = source
+    upkeep = asyncio.create_task(Upkeep(settings, instance_id, pipeline, admin, sources.topic_ids).run())
+    announce = asyncio.create_task(_announce(pipeline, http))
+    try:
+        await source.subscribe([s.topic for s in settings.sources])
+        await pipeline.run(source, stop)
+        await source.close()
+        await session.stop()
+    finally:
+        for task in (upkeep, announce):
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        await session.close()
+        await ports.producer.close()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(pool.close(), 2)
+        await http.cleanup()
+
+
+async def _announce(pipeline: Pipeline, http: object) -> None:
+    while not pipeline.ready[0]:
+        await asyncio.sleep(0.02)
+    telemetry.say_ready(http)  # type: ignore[arg-type]
+
+
+async def prepare(settings: Settings, admin: Admin) -> tuple[Views, int]:
+    """Before serving: schema, topics, views on record, policies installed once. Raises ConfigurationError."""
+    dsn = settings.postgres.for_role("data")
+    if settings.profile == "development":
+        await asyncio.to_thread(topics.apply, settings, admin)
+    found = await asyncio.to_thread(admin.describe, [*topics.wanted(settings)])
+    if settings.dead_letters.topic not in found:
+        raise ConfigurationError(
+            f"the topic {settings.dead_letters.topic} does not exist", where="dead_letters.topic", mend="run `sidecar topics apply`"
+        )
+    async with connected(dsn) as connection:
+        if settings.profile == "development":
+            await migrations.migrate(connection)
+        await migrations.check(connection)
+        recorded = await topics.record_views(connection, settings, {name: info.partitions for name, info in found.items()})
+        await policies.apply(connection, settings.policies.install, actor="sidecar.yaml", now=datetime.now(UTC), only_new=True)
+    return Views(recorded), found[settings.dead_letters.topic].partitions

@@ -1,0 +1,125 @@
+"""`sidecar policy`: what is encrypted, how, and why."""
+
+import getpass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from sidecar import policies
+from sidecar.cli.context import Exit, cli, fail, run_async
+from sidecar.core.errors import ConfigurationError, MalformedRecord
+from sidecar.core.extract import Extractor
+from sidecar.core.policy import Classifier, Encrypt, PolicySet, Refuse
+from sidecar.postgres.connection import Connection, connected
+from sidecar.postgres.errors import mapped
+from sidecar.postgres.keystore import load_policies
+from sidecar.settings import PolicySpec, Settings
+
+app = typer.Typer(help="Encryption policies.", no_args_is_help=True)
+_COLUMNS = ("policy_id", "tenant_id", "stream_type_class", "encryption_required", "encryption_algorithm", "key_scope", "key_rotation_interval_days", "version")
+
+
+async def _rows(settings: Settings) -> list[dict[str, Any]]:
+    async with connected(settings.postgres.for_role("control")) as connection:
+        return await policies.list_policies(connection)
+
+
+@app.command("list")
+def list_(context: typer.Context) -> None:
+    """All policies; tenant * is for every tenant without one of its own."""
+    here = cli(context)
+    here.show(run_async(_rows(here.settings)), _COLUMNS)
+
+
+@app.command()
+def get(context: typer.Context, policy_id: str) -> None:
+    """One policy."""
+    here = cli(context)
+    found = next((row for row in run_async(_rows(here.settings)) if row["policy_id"] == policy_id), None)
+    if found is None:
+        fail(f"error: there is no policy {policy_id}")
+    here.show(found)
+
+
+@app.command()
+def apply(context: typer.Context, file: Annotated[Path, typer.Argument(help="YAML: a list of policies.")]) -> None:
+    """Make policies as a file says: {class, tenant, encrypt, algorithm, key_scope, rotation_days} each. Live within a second."""
+    here = cli(context)
+    try:
+        specs = TypeAdapter(list[PolicySpec]).validate_python(yaml.safe_load(file.read_text()))
+    except OSError as error:
+        raise ConfigurationError(f"the file cannot be read: {error.strerror}", where=str(file), mend="name a YAML file") from None
+    except (yaml.YAMLError, ValidationError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"msg": "no YAML", "loc": ()}
+        where = f"{file}: {'.'.join(str(part) for part in first['loc'])}"
+        raise ConfigurationError(str(first["msg"]), where=where, mend="a list of {class, tenant, encrypt, algorithm, key_scope, rotation_days}") from None
+
+    async def main() -> list[dict[str, Any]]:
+        async with connected(here.settings.postgres.for_role("control")) as connection:
+            changed = await policies.apply(connection, specs, actor=getpass.getuser(), now=datetime.now(UTC))
+            names = {policy.policy_id for policy in changed}
+            return [row for row in await policies.list_policies(connection) if row["policy_id"] in names]
+
+    here.show(run_async(main()), _COLUMNS)
+
+
+@app.command()
+def explain(
+    context: typer.Context,
+    event: Annotated[Path, typer.Argument(help='JSON: {"topic", "headers": {name: text}, "key", "value"}.')],
+) -> None:
+    """Why is this event encrypted, or not, and with which key scope?"""
+    here = cli(context)
+    try:
+        document = orjson.loads(event.read_bytes())
+        headers = {str(name): str(value).encode() for name, value in document.get("headers", {}).items()}
+        value = document.get("value")
+        raw = value.encode() if isinstance(value, str) else orjson.dumps(value)
+        topic = str(document["topic"])
+    except (OSError, ValueError, KeyError, AttributeError):
+        fail(f'error: {event} is no event\n  mend:  {{"topic": "users", "headers": {{"ce_tenantid": "acme", ...}}, "value": {{...}}}}', Exit.USAGE)
+    here.show(run_async(_explain(here.settings, topic, headers, document.get("key"), raw)))
+
+
+async def _explain(settings: Settings, topic: str, headers: dict[str, bytes], key: Any, value: bytes) -> dict[str, Any]:
+    from fnmatch import fnmatchcase
+
+    source = next((s for s in settings.sources if fnmatchcase(topic, s.topic)), None)
+    if source is None:
+        return {"topic": topic, "outcome": "not read", "because": "no source names this topic"}
+    extractor = Extractor(tenant=source.tenant, stream=source.stream, type=source.type, id=source.id, tenants=source.tenants)
+    try:
+        who = extractor.identify(topic, 0, 0, str(key).encode() if key is not None else None, value, headers)
+    except MalformedRecord as error:
+        return {"topic": topic, "outcome": "dead letter", "because": f"{error.reason}: {error}"}
+    rule = Classifier([c.rule() for c in settings.classes]).match(topic=topic, type=who.type, stream=who.stream, headers=headers)
+    async with connected(settings.postgres.for_role("control")) as connection:
+        known = await _known_stream(connection, who.tenant, who.stream)
+        loaded = await load_policies(connection, settings.policies.unmatched)
+    stream_class = known["stream_type_class"] if known else rule.stream_class if rule else "unclassified"
+    because = ["the stream has this class since its first event" if known else f"class rule {rule}" if rule else "no class rule matches"]
+    return {"tenant": who.tenant, "stream": who.stream, "type": who.type, "class": stream_class} | _outcome(loaded, who.tenant, stream_class, known, because)
+
+
+async def _known_stream(connection: Connection, tenant: str, stream: str) -> Any:
+    with mapped():
+        return await connection.fetchrow("SELECT * FROM streams WHERE tenant_id = $1 AND stream_id = $2", tenant, stream)
+
+
+def _outcome(loaded: PolicySet, tenant: str, stream_class: str, known: Any, because: list[str]) -> dict[str, Any]:
+    policy, decision = loaded.find(tenant, stream_class), loaded.decide(tenant, stream_class)
+    because.append(f"policy {policy.policy_id} (tenant {policy.tenant})" if policy else f"no policy: policies.unmatched is {loaded.unmatched}")
+    out: dict[str, Any] = {"outcome": "plain", "algorithm": None, "key_scope": None}
+    if isinstance(decision, Encrypt):
+        out = {"outcome": "encrypted", "algorithm": decision.suite.label, "key_scope": decision.key_scope.value}
+    elif known and known["is_encrypted"]:
+        out = {"outcome": "encrypted", "algorithm": known["encryption_algorithm"], "key_scope": "stream"}
+        because.append("the stream was encrypted before, and stays so")
+    elif isinstance(decision, Refuse):
+        out["outcome"] = "refused"
+    return out | {"because": because}

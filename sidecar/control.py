@@ -1,0 +1,504 @@
+"""The command path, free of Faust: receive into the inbox, carry out, publish receipts.
+
+    receive()  a control record becomes a row of the inbox and a receipt in the outbox, in one transaction; after that it may be acked
+    Executor   the one process that holds the deployment's lock works off the inbox: per tenant one after another, tenants side by side
+    Outbox     publishes receipts in order; after a crash it looks on the topic for what was published, so none is there twice
+    Timer      puts rotations that are due by age into the inbox, as commands of its own
+
+What cannot be reached is waited for, with growing pauses and for ever: nothing is lost, and no tenant waits for another's trouble.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from hashlib import sha256
+from typing import Any, Final
+from uuid import UUID
+
+import orjson
+
+from sidecar import telemetry
+from sidecar.core.command import Command, Incoming, compose, parse, receipt, receipt_id, rfc3339, stored
+from sidecar.core.errors import CommandRejected, Conflict, SidecarError, Unavailable
+from sidecar.core.model import Scope, ScopeKind
+from sidecar.kafka.admin import Admin
+from sidecar.kafka.client import ProducerFenced
+from sidecar.kafka.receipts import Outgoing, ReceiptPublisher, ViewWriter
+from sidecar.ports import Clock
+from sidecar.postgres import audit, commands, guard, migrations
+from sidecar.postgres.commands import Job, Unpublished
+from sidecar.postgres.connection import Connection, Pool, connect, open_pool, refuse_transaction_pooling, transaction
+from sidecar.postgres.guard import Backend
+from sidecar.settings import Settings
+from sidecar.shredding import FINISHED, WRITER, Shredding, SystemClock, failpoint
+
+AT_ONCE: Final = 4
+"""Commands carried out side by side, of different tenants."""
+POLL_SECONDS: Final = 1.0
+"""How late a wake-up that got lost is made good."""
+
+
+class Backoff:
+    """0.1 s, doubling to 5 s."""
+
+    def __init__(self) -> None:
+        self._next = 0.1
+
+    async def wait(self) -> None:
+        pause, self._next = self._next, min(5.0, self._next * 2)
+        await asyncio.sleep(pause)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlRecord:
+    """A record of the control topic. `source` is topic/partition/offset: the same one twice is Kafka's redelivery, not the sender's."""
+
+    value: bytes | None
+    source: str
+
+
+class Inbox:
+    """Takes control records in. Safe to run in several processes at once."""
+
+    def __init__(self, settings: Settings, pool: Pool, clock: Clock, wake: Callable[[], None]) -> None:
+        self._settings, self._pool, self._clock, self._wake = settings, pool, clock, wake
+
+    async def receive(self, record: ControlRecord) -> None:
+        """Returns when the record is durably accepted or rejected, however long that takes. Never raises, but when cancelled."""
+        backoff = Backoff()
+        while True:
+            try:
+                failpoint("receive")
+                await self._once(record)
+                failpoint("received")
+                self._wake()
+                return
+            except (Unavailable, Conflict) as error:
+                telemetry.retries.labels("inbox").inc()
+                telemetry.log.warning("inbox waits", extra={"action": "receive", "source": record.source, "error": error})
+            except Exception as error:
+                # Nothing that a sender can write should come here; if it does, one record must not hold up the topic.
+                telemetry.log.error("a control record cannot be taken in", extra={"action": "receive", "source": record.source}, exc_info=error)
+                with suppress(SidecarError):
+                    return await self._refuse(record, CommandRejected("malformed", "the record could not be taken in"))
+            await backoff.wait()
+
+    async def _once(self, record: ControlRecord) -> None:
+        now = self._clock.now()
+        control = self._settings.control
+        incoming = parse(record.value, audience=self._settings.deployment, now=now, allow_unsigned=control.allow_unsigned)
+        if incoming.command_id is None:
+            assert isinstance(incoming.outcome, CommandRejected)  # noqa: S101 (a command has an id)
+            return await self._refuse(record, incoming.outcome)
+        async with transaction(self._pool) as connection:
+            known = await commands.find(connection, incoming.command_id)
+            if known is not None:
+                return await self._again(connection, known, incoming, record, now)
+            outcome = await self._judge(connection, incoming.outcome)
+            await self._store(connection, incoming.command_id, replace(incoming, outcome=outcome), record, now)
+
+    async def _judge(self, connection: Connection, outcome: Command | CommandRejected) -> Command | CommandRejected:
+        """What only the store can say."""
+        if isinstance(outcome, CommandRejected):
+            return outcome
+        if not await commands.tenant_exists(connection, outcome.scope.tenant):
+            return CommandRejected("unknown_tenant", "there is no such tenant")
+        if outcome.dry_run and outcome.op != "shred":
+            return CommandRejected("dry_run_unsupported", "only a shred can be tried out")
+        return outcome
+
+    async def _store(self, connection: Connection, command_id: UUID, incoming: Incoming, record: ControlRecord, now: datetime) -> None:
+        outcome = incoming.outcome
+        accepted = isinstance(outcome, Command)
+        error = None if isinstance(outcome, Command) else outcome
+        status: Any = "accepted" if accepted else "rejected"
+        tenant = (incoming.scope or {}).get("tenant")
+        actor = outcome.requested_by if isinstance(outcome, Command) else "unknown"
+        details = {"command_id": str(command_id), "op": incoming.op, "source": record.source, "error": error.code if error else None}
+        row = await audit.append(
+            connection, writer=WRITER, at=now, action=f"command.{status}", actor=actor, tenant=tenant if accepted else None, details=details
+        )
+        body = receipt(
+            receipt_id(command_id, status), command_id=command_id, op=incoming.op, scope=incoming.scope, status=status, error=error,
+            accepted_at=rfc3339(now) if accepted else None, audit={"writer": row.writer, "seq": row.seq},
+        )  # fmt: skip
+        await commands.insert(
+            connection, command_id=command_id, op=incoming.op or "unknown", tenant=tenant, payload=record.value or b"", issuer=actor, status=status,
+            facts={"source": record.source, "accepted_at": body["accepted_at"]}, receipt=body, at=now,
+        )  # fmt: skip
+        _log_status(incoming.op, status, command_id, error)
+
+    async def _again(self, connection: Connection, known: commands.Entry, incoming: Incoming, record: ControlRecord, now: datetime) -> None:
+        """The id is known. The same bytes: the stored receipt again, unless Kafka merely delivered the same record twice."""
+        if known.payload_sha256 != sha256(record.value or b"").digest():
+            error = CommandRejected("id_reused", "a command with this id and other content came before; it stands as it was")
+            digest = sha256(record.value or b"").hexdigest()
+            identity = receipt_id(incoming.command_id, "id_reused", digest)
+            body = receipt(identity, command_id=incoming.command_id, op=incoming.op, scope=incoming.scope, status="rejected", error=error)
+            if await commands.add_receipt(connection, body):
+                details = {"command_id": str(incoming.command_id), "op": incoming.op, "source": record.source, "error": error.code}
+                await audit.append(connection, writer=WRITER, at=now, action="command.rejected", actor="unknown", tenant=None, details=details)
+                _log_status(incoming.op, "rejected", incoming.command_id, error)
+        elif known.facts.get("source") != record.source and known.receipt is not None:
+            await commands.repeat_receipt(connection, known.receipt, record.source)
+
+    async def _refuse(self, record: ControlRecord, error: CommandRejected) -> None:
+        """A record without a usable command id: a receipt without one, once per record."""
+        body = receipt(receipt_id("record", record.source), command_id=None, op=None, scope=None, status="rejected", error=error)
+        async with transaction(self._pool) as connection:
+            if await commands.add_receipt(connection, body):
+                details = {"command_id": None, "source": record.source, "error": error.code}
+                now = self._clock.now()
+                await audit.append(connection, writer=WRITER, at=now, action="command.rejected", actor="unknown", tenant=None, details=details)
+                _log_status(None, "rejected", None, error)
+        self._wake()
+
+
+def _log_status(op: str | None, status: str, command_id: Any, error: CommandRejected | None = None) -> None:
+    known = op if op in ("shred", "rotate") else "unknown"
+    telemetry.commands.labels(known, status).inc()
+    telemetry.log.info("command", extra={"action": known, "status": status, "command_id": command_id, "code": error.code if error else None})
+
+
+class Executor:
+    """Works off the inbox. One task per tenant that has something to do; at most AT_ONCE of them take a step at a time."""
+
+    def __init__(self, pool: Pool, shredding: Shredding, wake_outbox: Callable[[], None]) -> None:
+        self._pool, self._shredding, self._wake_outbox = pool, shredding, wake_outbox
+        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._tenants: dict[str, asyncio.Task[None]] = {}
+        self.wake = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until cancelled; then no step is under way any more."""
+        try:
+            while True:
+                self.wake.clear()
+                try:
+                    async with transaction(self._pool) as connection:
+                        waiting = await commands.tenants_waiting(connection)
+                    for tenant in waiting:
+                        if tenant not in self._tenants:
+                            task = asyncio.create_task(self._work_off(tenant))
+                            self._tenants[tenant] = task
+                            task.add_done_callback(lambda _, name=tenant: self._finished(name))  # type: ignore[misc]
+                except Unavailable as error:
+                    telemetry.log.warning("executor waits", extra={"action": "execute", "error": error})
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.wake.wait(), POLL_SECONDS)
+        finally:
+            tasks = list(self._tenants.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _finished(self, tenant: str) -> None:
+        del self._tenants[tenant]
+        self.wake.set()  # a command may have come after the last look
+
+    async def _work_off(self, tenant: str) -> None:
+        """All of a tenant's commands. After each step the choice is made anew, so that a shred need not wait for a rotation's retries."""
+        backoff = Backoff()
+        while True:
+            try:
+                async with self._slots:
+                    async with transaction(self._pool) as connection:
+                        job = await commands.next_job(connection, tenant)
+                    if job is None:
+                        return
+                    await self._carry_out(job)
+                backoff = Backoff()
+                continue
+            except (Unavailable, Conflict) as error:
+                telemetry.retries.labels("command").inc()
+                telemetry.log.warning("command waits", extra={"action": "execute", "tenant": tenant, "error": error})
+            except Exception as error:
+                # Nothing says that it can never be done, so it is never given up; the log says what stands in the way.
+                telemetry.retries.labels("command").inc()
+                telemetry.log.error("command fails", extra={"action": "execute", "tenant": tenant}, exc_info=error)
+            await backoff.wait()
+
+    async def _carry_out(self, job: Job) -> None:
+        try:
+            command = stored(job.payload)
+        except CommandRejected as error:
+            return await self._give_up(job, error, "failed", None)
+        while job.step != FINISHED:
+            before = job
+            try:
+                job = await self._shredding.step(job, command)
+            except CommandRejected as error:
+                return await self._give_up(before, error, "rejected", command)
+            if job.step in ("inaccessible", FINISHED):
+                self._wake_outbox()
+        self._settled(job, "inaccessible" if job.op == "shred" and not command.dry_run else "done")
+
+    async def _give_up(self, job: Job, error: CommandRejected, status: Any, command: Command | None) -> None:
+        """The command is refused by what it found (or can no longer be read): a receipt says so, nothing was changed."""
+        scope = command.scope.to_json() if command else None
+        identity = receipt_id(job.command_id, status)
+        body = receipt(
+            identity, command_id=job.command_id, op=job.op, scope=scope, status=status, error=error, accepted_at=job.facts.get("accepted_at")
+        )
+        async with transaction(self._pool) as connection:
+            await commands.advance(connection, job, FINISHED, receipt=body, finished=True)
+            details = {"command_id": str(job.command_id), "op": job.op, "error": error.code}
+            now = datetime.now(job.received_at.tzinfo)
+            await audit.append(connection, writer=WRITER, at=now, action=f"command.{status}", actor=WRITER, tenant=job.tenant, details=details)
+        self._wake_outbox()
+        self._settled(job, status, error)
+
+    def _settled(self, job: Job, status: str, error: CommandRejected | None = None) -> None:
+        seconds = (datetime.now(job.received_at.tzinfo) - job.received_at).total_seconds()
+        telemetry.command_seconds.labels(job.op).observe(max(0.0, seconds))
+        _log_status(job.op, status, job.command_id, error)
+
+
+class Outbox:
+    """Publishes receipts in the order of their steps, each once."""
+
+    def __init__(self, pool: Pool, publisher: ReceiptPublisher) -> None:
+        self._pool, self._publisher = pool, publisher
+        self.wake = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until cancelled. Raises ProducerFenced when another process publishes: then this one is not the executor any more."""
+        backoff = Backoff()
+        try:
+            while True:
+                self.wake.clear()
+                try:
+                    if await self._publish():
+                        continue
+                    backoff = Backoff()
+                except (Unavailable, Conflict) as error:
+                    # The outcome may be unknown: the next attempt looks on the topic first.
+                    self._publisher.close()
+                    telemetry.retries.labels("outbox").inc()
+                    telemetry.log.warning("outbox waits", extra={"action": "publish", "error": error})
+                    await backoff.wait()
+                    continue
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.wake.wait(), POLL_SECONDS)
+        finally:
+            self._publisher.close()
+
+    async def _publish(self) -> bool:
+        """True if there may be more."""
+        async with transaction(self._pool) as connection:
+            waiting = await commands.unpublished(connection)
+        if not waiting:
+            return False
+        there: set[Any] = set()
+        if not self._publisher.is_open:
+            await asyncio.to_thread(self._publisher.open)
+            # A minute for clocks that differ between Postgres and the broker.
+            there = await asyncio.to_thread(self._publisher.already_published, waiting[0].created_at - timedelta(minutes=1))
+        missing = [row for row in waiting if row.outbox_id not in there]
+        if missing:
+            await asyncio.to_thread(self._publisher.publish, [_outgoing(row) for row in missing])
+        failpoint(f"published:{waiting[-1].body['status']}")
+        async with transaction(self._pool) as connection:
+            await commands.mark_published(connection, [row.outbox_id for row in waiting])
+        for row in missing:
+            telemetry.receipts.labels(row.body["status"]).inc()
+        return True
+
+
+def _outgoing(row: Unpublished) -> Outgoing:
+    key = str(row.command_id).encode() if row.command_id else None
+    return Outgoing(outbox_id=row.outbox_id, key=key, value=orjson.dumps(row.body))
+
+
+async def schedule_rotations(settings: Settings, pool: Pool, clock: Clock) -> int:
+    """Put what is due by age into the inbox; -> how many. A class of a tenant that is already on its way is left alone."""
+    now = clock.now()
+    async with transaction(pool) as connection:
+        due = await commands.rotations_due(connection, now)
+    for tenant, stream_class, older_than in due:
+        scope = Scope(tenant=tenant, kind=ScopeKind.CLASS, id=stream_class)
+        identity = receipt_id("timer", tenant, stream_class, now.isoformat())
+        payload = compose(
+            command_id=identity, audience=settings.deployment, op="rotate", scope=scope, reason="older than the policy's rotation interval",
+            requested_by=commands.TIMER_ISSUER, ticket=None, issued_at=now, not_after=now + timedelta(days=365),
+            options={"older_than": older_than.isoformat()},
+        )  # fmt: skip
+        async with transaction(pool) as connection:
+            details = {"command_id": str(identity), "op": "rotate", "source": commands.TIMER_ISSUER, "error": None}
+            row = await audit.append(
+                connection, writer=WRITER, at=now, action="command.accepted", actor=commands.TIMER_ISSUER, tenant=tenant, details=details
+            )
+            body = receipt(
+                receipt_id(identity, "accepted"), command_id=identity, op="rotate", scope=scope.to_json(), status="accepted",
+                accepted_at=rfc3339(now), audit={"writer": row.writer, "seq": row.seq},
+            )  # fmt: skip
+            facts = {"source": commands.TIMER_ISSUER, "class": stream_class, "accepted_at": body["accepted_at"]}
+            await commands.insert(
+                connection, command_id=identity, op="rotate", tenant=tenant, payload=payload, issuer=commands.TIMER_ISSUER, status="accepted",
+                facts=facts, receipt=body, at=now,
+            )  # fmt: skip
+    return len(due)
+
+
+class ControlPlane:
+    """Holds the deployment's lock and runs executor, outbox and timer while it does; `lead` and `follow` start and stop the receiving.
+
+    A second process stands by, at no cost, and takes over when the first one's session ends.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        lead: Callable[["ControlPlane"], Awaitable[None]],
+        follow: Callable[[], Awaitable[None]],
+        clock: Clock | None = None,
+        timer_seconds: float = 60.0,
+    ) -> None:
+        self._settings, self._lead, self._follow = settings, lead, follow
+        self._clock, self._timer_seconds = clock or SystemClock(), timer_seconds
+        self._state = "starting"
+        self._trouble: str | None = None
+        self._own: Backend | None = None
+        self._executor: Executor | None = None
+        self._outbox: Outbox | None = None
+        self.settled = asyncio.Event()
+        """Set once it leads, or knows that it stands by."""
+
+    async def open(self) -> None:
+        """Reach Postgres and Kafka once, check both, make the topics. Raises ConfigurationError or Unavailable."""
+        dsn = self._settings.postgres.for_role("control")
+        connection = await connect(dsn, application_name="sidecar control start")
+        try:
+            await migrations.check(connection)
+            await refuse_transaction_pooling(connection)
+        finally:
+            await connection.close()
+        self._admin = Admin(self._settings)
+        await asyncio.to_thread(create_topics, self._admin, self._settings)
+        self._pool = await open_pool(dsn, application_name="sidecar control", max_size=AT_ONCE * 2 + 4)
+        self.inbox = Inbox(self._settings, self._pool, self._clock, self._wake_executor)
+
+    async def close(self) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._pool.close(), 5)
+        self._pool.terminate()
+
+    def ready(self) -> tuple[bool, str]:
+        """Serves when it leads and can be reached; standing by is its proper state too, so that a roll-out need not wait."""
+        if self._trouble is not None:
+            return False, self._trouble
+        return self._state in ("active", "standby"), self._state
+
+    def _wake_executor(self) -> None:
+        if self._executor is not None:
+            self._executor.wake.set()
+        self._wake_outbox()
+
+    def _wake_outbox(self) -> None:
+        if self._outbox is not None:
+            self._outbox.wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled: wait for the lock, lead while the session that holds it lives, and again."""
+        leading = False
+        backoff = Backoff()
+        try:
+            while True:
+                try:
+                    connection = await self._take_lead()
+                    if connection is None:
+                        if leading:
+                            await self._follow()
+                            leading = False
+                        self._state, self._trouble = "standby", None
+                        self.settled.set()
+                        await asyncio.sleep(POLL_SECONDS)
+                        continue
+                    try:
+                        if not leading:
+                            await self._lead(self)
+                            leading = True
+                        backoff = Backoff()
+                        await self._work(connection)
+                    finally:
+                        connection.terminate()
+                except ProducerFenced as error:
+                    telemetry.log.warning("another process publishes", extra={"action": "lead", "error": error})
+                except Unavailable as error:
+                    self._trouble = str(error)
+                    telemetry.log.warning("control waits", extra={"action": "lead", "error": error})
+                    await backoff.wait()
+        finally:
+            self._state = "stopped"
+            if leading:
+                await self._follow()
+
+    async def _take_lead(self) -> Connection | None:
+        connection = await connect(self._settings.postgres.for_role("control"), application_name="sidecar control lead", command_timeout=10)
+        try:
+            if self._own is not None:
+                await guard.end_session(connection, self._own)
+                self._own = None
+            self._own = await guard.try_lead(connection, self._settings.deployment)
+        except BaseException:
+            connection.terminate()
+            raise
+        if self._own is None:
+            await connection.close()
+            return None
+        return connection
+
+    async def _work(self, lock: Connection) -> None:
+        """Executor, outbox, timer; returns when the session of the lock is gone, raises what one of them raises."""
+        shredding = Shredding(self._pool, self._admin, ViewWriter(self._settings), self._clock)
+        self._outbox = Outbox(self._pool, ReceiptPublisher(self._settings))
+        self._executor = Executor(self._pool, shredding, self._wake_outbox)
+        await lock.add_listener(commands.CHANNEL, lambda *_: self._wake_executor())
+        work = [self._executor.run(), self._outbox.run(), self._time(), self._watch(lock)]
+        tasks = [asyncio.create_task(part) for part in work]
+        self._state, self._trouble = "active", None
+        self.settled.set()
+        telemetry.log.info("leads", extra={"action": "lead", "deployment": self._settings.deployment})
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            self._state = "starting"
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._executor = self._outbox = None
+
+    async def _watch(self, lock: Connection) -> None:
+        """Returns when the session is gone: from then on somebody else may lead."""
+        while not lock.is_closed():
+            try:
+                await lock.fetchval("SELECT 1", timeout=5)
+                self._trouble = None
+            except Exception as error:
+                self._trouble = "Postgres does not answer"
+                telemetry.log.warning("the lead is lost", extra={"action": "lead", "error": error})
+                return
+            await asyncio.sleep(0.5)
+
+    async def _time(self) -> None:
+        while True:
+            try:
+                if await schedule_rotations(self._settings, self._pool, self._clock):
+                    self._wake_executor()
+            except SidecarError as error:
+                telemetry.log.warning("the rotation timer waits", extra={"action": "rotate", "error": error})
+            await asyncio.sleep(self._timer_seconds)
+
+
+def create_topics(admin: Admin, settings: Settings) -> None:
+    """Commands by tenant on four partitions; receipts are kept for ever."""
+    kept = {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
+    present = admin.describe([settings.control.topic, settings.control.receipts])
+    for topic, config in ((settings.control.topic, {"cleanup.policy": "delete"}), (settings.control.receipts, kept)):
+        if topic not in present:
+            admin.create(topic, 4, config)

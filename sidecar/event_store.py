@@ -1,0 +1,193 @@
+"""Reading the store: rows become events, or say why not. Every decryption outside the pipeline's own replay passes `EventStore`.
+
+Four different answers, never mixed up: the event; erased (its key was destroyed on command); an authentication failure (the bytes
+are not what was sealed for this place); not now (the KMS or Postgres is away).
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID
+
+from sidecar.core.aead import Cipher, Suite, lp
+from sidecar.core.envelope import NO_FIELD, PREFIX_BYTES, Header, event_aad, open_envelope, parse_header, stream_aad
+from sidecar.core.errors import AuthenticationFailed, KeyShredded, KeyUnavailable, RecordError, UnknownKey
+from sidecar.core.keys import Kek, TenantState
+from sidecar.core.model import Erased, Event
+from sidecar.core.view import guard_stripe, parse_attributes, unframe
+from sidecar.keys import KeyManagement, dek_row, kek_row, open_dek
+from sidecar.postgres.connection import Pool
+from sidecar.postgres.errors import mapped
+from sidecar.postgres.keystore import KeyStore
+
+_COLUMNS = """
+SELECT m.tenant_id, m.stream_id, m.stream_position, m.message_id, m.message_type, m.schema_version, m.occurred_at, m.data, m.data_encrypted,
+  m.metadata, m.is_tombstone, m.source_id, m.source_partition, m.source_offset, t.topic AS source_topic,
+  s.stream_type_class, s.is_encrypted, s.encrypted_from_position
+FROM messages m LEFT JOIN streams s ON s.tenant_id = m.tenant_id AND s.stream_id = m.stream_id
+LEFT JOIN source_topics t ON t.source_id = m.source_id
+"""
+_OF_STREAM = _COLUMNS + "WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position >= $3 ORDER BY m.stream_position LIMIT $4"
+_OF_TENANT = (
+    _COLUMNS
+    + """WHERE m.tenant_id = $1 AND m.stream_position >= $3 AND ($2::text IS NULL OR s.stream_type_class = $2)
+ORDER BY m.transaction_id, m.global_position LIMIT $4"""
+)
+BY_SOURCE = (
+    _COLUMNS + "WHERE m.source_id = $1 AND m.source_partition = $2 AND m.source_offset >= $3 AND m.source_offset < $4 ORDER BY m.source_offset"
+)
+
+CipherKey = tuple[str, UUID, int, Suite]
+
+
+class Ciphers:
+    """The opening ciphers of a set of rows: a cipher, or the reason why there is none."""
+
+    def __init__(self, store: KeyStore, keys: KeyManagement) -> None:
+        self._store, self._keys = store, keys
+        self._known: dict[CipherKey, Cipher | KeyUnavailable | AuthenticationFailed] = {}
+
+    async def load(self, rows: Sequence[Any]) -> None:
+        """Unwrap what the rows' envelopes name; calls the KMS. Raises Unavailable: that is not the same as erased."""
+        wanted: set[CipherKey] = set()
+        for row in rows:
+            if row["data_encrypted"] is not None:
+                try:
+                    header = parse_header(row["data_encrypted"])
+                except RecordError:
+                    continue
+                wanted.add((row["tenant_id"], header.key_id, header.key_version, header.suite))
+        wanted -= self._known.keys()
+        if not wanted:
+            return
+        tenants, kek_rows = await self._store.tenants(sorted({w[0] for w in wanted}))
+        states = {row["tenant_id"]: row for row in tenants}
+        keks: dict[str, dict[int, Kek]] = {}
+        for record in kek_rows:
+            kek = await self._keys.open_kek(kek_row(record))
+            if record["generation"] == states[record["tenant_id"]]["generation"]:
+                keks.setdefault(record["tenant_id"], {})[record["kek_version"]] = kek
+        rows_of = {(r["tenant_id"], r["key_id"], r["key_version"]): r for r in await self._store.keys({w[:3] for w in wanted})}
+        for key in wanted:
+            self._known[key] = self._cipher(states.get(key[0]), rows_of.get(key[:3]), keks.get(key[0], {}), key[3])
+        for of_tenant in keks.values():
+            for kek in of_tenant.values():
+                kek.destroy()
+
+    @staticmethod
+    def _cipher(tenant: Any, record: Any, keks: dict[int, Kek], suite: Suite) -> Cipher | KeyUnavailable | AuthenticationFailed:
+        if tenant is not None and tenant["state"] != TenantState.ACTIVE:
+            return KeyShredded()
+        if tenant is None or record is None:
+            return UnknownKey()
+        if record["generation"] < tenant["generation"]:
+            return KeyShredded()
+        try:
+            return open_dek(keks, dek_row(record)).into_cipher(suite)
+        except (KeyUnavailable, AuthenticationFailed) as error:
+            return error
+
+    def get(self, tenant: str, header: Header) -> Cipher:
+        """Raises KeyShredded, UnknownKey or AuthenticationFailed (a key row that was altered)."""
+        found = self._known.get((tenant, header.key_id, header.key_version, header.suite), UnknownKey())
+        if isinstance(found, KeyUnavailable | AuthenticationFailed):
+            raise found
+        return found
+
+
+def open_row(row: Any, ciphers: Ciphers) -> Event:
+    """The event of a row. Raises KeyShredded, UnknownKey, AuthenticationFailed, MalformedEnvelope, UnsupportedEnvelope."""
+    sealed = row["data_encrypted"]
+    if sealed is None:
+        if row["is_encrypted"] and row["stream_position"] >= (row["encrypted_from_position"] or 1):
+            raise AuthenticationFailed("plaintext stands in an encrypted stream")
+        key, timestamp, headers, _ = parse_attributes(row["metadata"] or {})
+        return _event(row, None if row["is_tombstone"] else bytes(row["data"]), key, timestamp, headers)
+    sealed = bytes(sealed)
+    header = parse_header(sealed)
+    aad = event_aad(
+        stream_aad(row["tenant_id"].encode(), row["stream_id"].encode()),
+        row["stream_position"],
+        lp(row["message_id"].encode()),
+        lp(row["message_type"].encode()),
+        row["schema_version"],
+        NO_FIELD,
+        sealed[:PREFIX_BYTES],
+    )
+    plaintext = open_envelope(ciphers.get(row["tenant_id"], header), sealed, aad)
+    attrs, value = unframe(plaintext)
+    key, timestamp, headers, tombstone = parse_attributes(attrs)
+    if tombstone != row["is_tombstone"]:
+        raise AuthenticationFailed("the row and its sealed attributes disagree about the tombstone")
+    return _event(row, None if tombstone else value, key, timestamp, headers)
+
+
+def _event(row: Any, value: bytes | None, key: bytes | None, timestamp: int, headers: Any) -> Event:
+    source = (row["source_topic"], row["source_partition"], row["source_offset"]) if row["source_topic"] is not None else None
+    return Event(
+        tenant=row["tenant_id"],
+        stream=row["stream_id"],
+        position=row["stream_position"],
+        message_id=row["message_id"],
+        type=row["message_type"],
+        stream_class=row["stream_type_class"] or "",
+        value=value,
+        key=key,
+        timestamp_ms=timestamp,
+        headers=headers,
+        source=source,
+        schema_version=row["schema_version"],
+        occurred_at=row["occurred_at"],
+    )
+
+
+class EventStore:
+    """Reads a tenant's events, decrypted, under the guard: after a shred's receipt no call that starts here decrypts its scope."""
+
+    def __init__(self, pool: Pool, keys: KeyManagement) -> None:
+        self._pool, self._keys = pool, keys
+
+    async def read(
+        self, tenant: str, *, stream: str | None = None, stream_class: str | None = None, from_position: int = 1, limit: int = 1000
+    ) -> list[tuple[Any, Event | Erased | RecordError | UnknownKey]]:
+        """Rows with what they hold. An event that cannot be opened is an answer; Unavailable is raised."""
+        sql, second = (_OF_STREAM, stream) if stream is not None else (_OF_TENANT, stream_class)
+        while True:
+            ciphers = Ciphers(KeyStore(self._pool), self._keys)
+            epoch = await self._epoch(tenant)
+            with mapped():
+                async with self._pool.acquire() as connection:
+                    rows = await connection.fetch(sql, tenant, second, from_position, limit)
+            await ciphers.load(rows)
+            async with self._guard(tenant) as now:
+                if now == epoch:
+                    return [(row, self._open(row, ciphers)) for row in rows]
+
+    async def _epoch(self, tenant: str) -> int | None:
+        with mapped():
+            async with self._pool.acquire() as connection:
+                epoch: int | None = await connection.fetchval("SELECT epoch FROM tenants WHERE tenant_id = $1", tenant)
+                return epoch
+
+    @asynccontextmanager
+    async def _guard(self, tenant: str) -> AsyncIterator[int | None]:
+        """Shared guard of the tenant for the length of a block; gives the epoch as it stands under it."""
+        with mapped():
+            async with self._pool.acquire() as connection, connection.transaction():
+                await connection.execute("SELECT pg_advisory_xact_lock_shared(1, $1)", guard_stripe(tenant))
+                yield await connection.fetchval("SELECT epoch FROM tenants WHERE tenant_id = $1", tenant)
+
+    @staticmethod
+    def _open(row: Any, ciphers: Ciphers) -> Event | Erased | RecordError | UnknownKey:
+        try:
+            return open_row(row, ciphers)
+        except KeyShredded:
+            return Erased(
+                tenant=row["tenant_id"],
+                stream=row["stream_id"],
+                position=row["stream_position"],
+                message_id=row["message_id"],
+                type=row["message_type"],
+            )
+        except (RecordError, UnknownKey) as error:
+            return error

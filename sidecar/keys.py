@@ -1,0 +1,84 @@
+"""Key management: makes, wraps and unwraps KEKs and DEKs. Says nothing of where they are kept; keeps no bytes of them."""
+
+import os
+from typing import Any
+from uuid import UUID, uuid4
+
+from sidecar.core.aead import KEY_BYTES, NONCE_BYTES, Cipher, Suite, wipe
+from sidecar.core.errors import KeyShredded, UnknownKey
+from sidecar.core.keys import Dek, DekRow, Kek, KekRow, KeyName, fingerprint, kek_context
+from sidecar.core.model import Scope, ScopeKind
+from sidecar.ports import Kms
+
+
+class KeyManagement:
+    """KMS calls happen here and nowhere else. Raises KmsUnavailable, KeyShredded, UnknownKey, AuthenticationFailed."""
+
+    def __init__(self, kms: Kms) -> None:
+        self._kms = kms
+
+    async def make_kek(self, tenant: str, generation: int, version: int = 1) -> tuple[Kek, KekRow]:
+        """A new KEK and the row to keep it in."""
+        kek = Kek(tenant, generation, version, bytearray(os.urandom(KEY_BYTES)))
+        wrapped, kms_version = await self._kms.wrap(kek.payload(), kek_context(tenant, generation, version))
+        row = KekRow(
+            tenant=tenant,
+            generation=generation,
+            version=version,
+            kms_uri=self._kms.uri,
+            kms_key_version=kms_version,
+            wrapped=wrapped,
+            fingerprint=fingerprint(kek.commitment()),
+        )
+        return kek, row
+
+    async def open_kek(self, row: KekRow) -> Kek:
+        if row.wrapped is None:
+            raise KeyShredded
+        payload = await self._kms.unwrap(row.wrapped, kek_context(row.tenant, row.generation, row.version), row.kms_key_version)
+        return Kek.from_payload(payload, row.tenant, row.generation, row.version)
+
+
+def make_dek(kek: Kek, scope: Scope, suite: Suite, key_id: UUID | None = None, version: int = 1) -> tuple[DekRow, Cipher]:
+    """The next version of a scope's key, or a new key: the row to keep it in and the cipher; the bytes are wiped."""
+    name = KeyName(scope=scope, key_id=key_id or uuid4(), version=version, generation=kek.generation)
+    secret = bytearray(os.urandom(KEY_BYTES))
+    wrapped, committed = kek.wrap(secret, name, os.urandom(NONCE_BYTES))
+    cipher = suite.cipher(secret)
+    wipe(secret)
+    return DekRow(name=name, kek_version=kek.version, wrapped=wrapped, commitment=committed), cipher
+
+
+def open_dek(keks: dict[int, Kek], row: DekRow) -> Dek:
+    """Raises KeyShredded, UnknownKey when its KEK is not among those, AuthenticationFailed."""
+    if row.wrapped is None:
+        raise KeyShredded
+    kek = keks.get(row.kek_version)
+    if kek is None or kek.generation != row.name.generation:
+        raise UnknownKey("a key's tenant key is not recorded")
+    return kek.unwrap(row.wrapped, row.name, row.commitment)
+
+
+def dek_row(row: Any) -> DekRow:
+    """From a record of encryption_keys."""
+    scope = Scope(tenant=row["tenant_id"], kind=ScopeKind(row["scope_kind"]), id=row["scope_id"])
+    return DekRow(
+        name=KeyName(scope=scope, key_id=row["key_id"], version=row["key_version"], generation=row["generation"]),
+        kek_version=row["kek_version"],
+        wrapped=row["key_material"],
+        commitment=row["commitment"],
+        is_active=row["is_active"],
+    )
+
+
+def kek_row(row: Any) -> KekRow:
+    """From a record of tenant_keys."""
+    return KekRow(
+        tenant=row["tenant_id"],
+        generation=row["generation"],
+        version=row["kek_version"],
+        kms_uri=row["kms_uri"],
+        kms_key_version=row["kms_key_version"],
+        wrapped=row["wrapped"],
+        fingerprint=row["fingerprint"],
+    )

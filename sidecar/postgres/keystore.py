@@ -1,0 +1,96 @@
+"""What a batch must know before it seals: tenants, stream heads, keys. Each answered for many at once, in one round trip."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+from uuid import UUID
+
+from sidecar.core.aead import Suite
+from sidecar.core.model import ScopeKind
+from sidecar.core.policy import Policy, PolicySet, Unmatched
+from sidecar.postgres.connection import Connection, Pool
+from sidecar.postgres.errors import mapped
+
+_TENANTS = """
+SELECT t.tenant_id, t.state, t.generation, t.epoch,
+  ARRAY(SELECT e.scope_id FROM erased_scopes e WHERE e.tenant_id = t.tenant_id AND e.scope_kind = 'class' AND e.readmitted_at IS NULL) AS erased_classes
+FROM tenants t WHERE t.tenant_id = ANY ($1)"""
+
+_KEKS = "SELECT * FROM tenant_keys WHERE tenant_id = ANY ($1) AND state <> 'destroyed'"
+
+# The head is messages' primary key, the truth; streams.position is a hint that may lag but never leads.
+_STREAMS = """
+SELECT x.t AS tenant_id, x.s AS stream_id, st.stream_type_class, st.is_encrypted, st.encryption_key_id,
+  greatest(coalesce(st.position, 0), coalesce((SELECT m.stream_position FROM messages m
+    WHERE m.tenant_id = x.t AND m.stream_id = x.s ORDER BY m.stream_position DESC LIMIT 1), 0)) AS head,
+  h.key_id AS last_key_id, h.key_version AS last_key_version,
+  EXISTS (SELECT 1 FROM erased_scopes e WHERE e.tenant_id = x.t AND e.scope_kind = 'stream' AND e.scope_id = x.s AND e.readmitted_at IS NULL) AS erased
+FROM unnest($1::text[], $2::text[]) x(t, s)
+LEFT JOIN streams st ON st.tenant_id = x.t AND st.stream_id = x.s
+LEFT JOIN LATERAL (SELECT k.key_id, k.key_version FROM stream_key_history k
+  WHERE k.tenant_id = x.t AND k.stream_id = x.s ORDER BY k.used_from_position DESC LIMIT 1) h ON true"""
+
+_NEWEST_KEYS = """
+SELECT k.* FROM unnest($1::text[], $2::text[], $3::text[]) x(t, kind, id)
+CROSS JOIN LATERAL (SELECT * FROM encryption_keys e WHERE e.tenant_id = x.t AND e.scope_kind = x.kind AND e.scope_id = x.id
+  ORDER BY e.is_active DESC, e.generation DESC, e.key_version DESC LIMIT 1) k"""
+
+_KEYS = """
+SELECT k.* FROM unnest($1::text[], $2::uuid[], $3::int[]) x(t, k, v)
+JOIN encryption_keys k ON k.tenant_id = x.t AND k.key_id = x.k AND k.key_version = x.v"""
+
+
+class KeyStore:
+    """Reads on connections of its own, beside the batch in flight."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    async def fetch(self, sql: str, *arguments: Any) -> list[Any]:
+        """Rows of a statement, on a connection beside the batch in flight."""
+        with mapped():
+            async with self._pool.acquire() as connection:
+                return await connection.fetch(sql, *arguments)
+
+    async def tenants(self, ids: Sequence[str]) -> tuple[list[Any], list[Any]]:
+        """-> rows of tenants with erased classes, rows of their KEKs that are not destroyed. Both of one snapshot or a later
+        one of the KEKs: the epoch check of the batch finds what changed in between."""
+        return await self.fetch(_TENANTS, ids), await self.fetch(_KEKS, ids)
+
+    async def streams(self, wanted: Sequence[tuple[str, str]]) -> list[Any]:
+        return await self.fetch(_STREAMS, [t for t, _ in wanted], [s for _, s in wanted])
+
+    async def newest_keys(self, scopes: Sequence[tuple[str, ScopeKind, str]]) -> list[Any]:
+        """Per (tenant, kind, id): the active key, else its newest version."""
+        return await self.fetch(_NEWEST_KEYS, [t for t, _, _ in scopes], [k.value for _, k, _ in scopes], [i for _, _, i in scopes])
+
+    async def keys(self, refs: Iterable[tuple[str, UUID, int]]) -> list[Any]:
+        """Recorded versions, destroyed ones too."""
+        wanted = list(refs)
+        return await self.fetch(_KEYS, [t for t, _, _ in wanted], [k for _, k, _ in wanted], [v for _, _, v in wanted])
+
+    async def policies(self, unmatched: Unmatched) -> PolicySet:
+        with mapped():
+            async with self._pool.acquire() as connection:
+                return await load_policies(connection, unmatched)
+
+
+def policy_from_row(row: Any) -> Policy:
+    return Policy(
+        policy_id=row["policy_id"],
+        stream_class=row["stream_type_class"],
+        tenant=row["tenant_id"],
+        encrypt=row["encryption_required"],
+        suite=Suite.from_label(row["encryption_algorithm"] or Suite.AES_256_GCM.label),
+        key_scope=ScopeKind(row["key_scope"]),
+        rotation_days=row["key_rotation_interval_days"],
+        version=row["version"],
+    )
+
+
+async def load_policies(connection: Connection, unmatched: Unmatched) -> PolicySet:
+    """All policies and their common version, of one snapshot."""
+    with mapped():
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            version = await connection.fetchval("SELECT version FROM policy_version")
+            rows = await connection.fetch("SELECT * FROM encryption_policies")
+    return PolicySet([policy_from_row(row) for row in rows], unmatched, version)

@@ -1,0 +1,199 @@
+"""A control plane as a process of its own, and what a test needs around it: seeded tenants, commands, the receipts on the topic."""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+
+from sidecar.core.command import compose
+from sidecar.core.keys import Kek, KeyName, fingerprint
+from sidecar.core.model import Scope, ScopeKind
+from sidecar.kafka.client import client_config
+from sidecar.postgres.connection import Connection
+from sidecar.settings import Settings
+
+_MAIN = """
+import asyncio, sys
+from pathlib import Path
+from sidecar.faust_apps import run_control_plane
+from sidecar.settings import load
+asyncio.run(run_control_plane(load(Path(sys.argv[1])), timer_seconds=float(sys.argv[2])))
+"""
+
+
+@dataclass
+class ControlProcess:
+    """Ours to stop or kill. `log` is what it wrote to stderr."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def url(self) -> str:
+        """Where its probes are; empty until it is ready."""
+        lines = [line for line in self.log.read_text().splitlines() if line.startswith("ready http")]
+        return lines[0].split()[1] if lines else ""
+
+    def wait_ready(self, seconds: float = 40) -> "ControlProcess":
+        deadline = time.monotonic() + seconds
+        while not self.url:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"the control plane is not ready (exit {self.process.poll()}):\n{self.log.read_text()[-2000:]}")
+            time.sleep(0.02)
+        return self
+
+    def wait_dead(self, seconds: float = 40) -> int:
+        return self.process.wait(seconds)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """Gracefully; the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(20)
+        finally:
+            self.kill()
+
+
+def write_config(folder: Path, settings: dict[str, Any]) -> Path:
+    """JSON is YAML."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "sidecar.yaml"
+    file.write_text(json.dumps(settings))
+    return file
+
+
+def start_control(config: Path, *, failpoint: str | None = None, timer_seconds: float = 60) -> ControlProcess:
+    """`failpoint`: the named step at which it kills itself (see shredding.failpoint)."""
+    log = config.parent / f"control-{secrets.token_hex(4)}.log"
+    environment = dict(os.environ) | ({"SIDECAR_TEST_FAILPOINT": failpoint} if failpoint else {})
+    with log.open("wb") as stderr:
+        process = subprocess.Popen([sys.executable, "-c", _MAIN, str(config), str(timer_seconds)], stderr=stderr, env=environment)
+    return ControlProcess(process, log)
+
+
+@contextmanager
+def control(config: Path, **options: Any) -> Iterator[ControlProcess]:
+    """Ready, and gone at the end."""
+    started = start_control(config, **options)
+    try:
+        yield started.wait_ready()
+    finally:
+        started.kill()
+
+
+def command(settings: Settings, op: str, scope: Scope, **changes: Any) -> tuple[UUID, bytes]:
+    """-> id, value of a command; `changes` replace fields of the document."""
+    command_id, now = uuid4(), datetime.now(UTC)
+    value = compose(
+        command_id=command_id,
+        audience=settings.deployment,
+        op=op,
+        scope=scope,
+        reason="a test",
+        requested_by="test@example.org",
+        ticket=None,
+        issued_at=now,
+        not_after=now + timedelta(hours=1),
+        options={},
+    )
+    return command_id, json.dumps(json.loads(value) | changes).encode() if changes else value
+
+
+def send(settings: Settings, *values: bytes | None, key: str = "any") -> None:
+    """Onto the control topic, in order."""
+    producer = Producer(client_config(settings, **{"acks": "all", "linger.ms": 0}))
+    for value in values:
+        producer.produce(settings.control.topic, value, key=key)
+    if producer.flush(20):
+        raise AssertionError("the control topic took no commands")
+
+
+def read_topic(settings: Settings, topic: str) -> list[Any]:
+    """Every committed message from the beginning to the end as it is now."""
+    own = {"group.id": secrets.token_hex(8), "isolation.level": "read_committed", "enable.partition.eof": True, "enable.auto.commit": False}
+    consumer = Consumer(client_config(settings, **own))
+    try:
+        partitions = set(consumer.list_topics(topic, timeout=10).topics[topic].partitions)
+        consumer.assign([TopicPartition(topic, p, 0) for p in partitions])
+        found: list[Any] = []
+        while partitions:
+            for message in consumer.consume(500, 1.0):
+                error = message.error()
+                if error is None:
+                    found.append(message)
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    partitions.discard(message.partition() or 0)
+                else:
+                    raise KafkaException(error)
+        return found
+    finally:
+        consumer.close()
+
+
+def published(settings: Settings) -> list[dict[str, Any]]:
+    """The receipts on the topic, as a `read_committed` consumer sees them; per command in order."""
+    return [json.loads(message.value()) for message in read_topic(settings, settings.control.receipts)]
+
+
+async def seed(
+    connection: Connection, tenant: str, streams: dict[str, str], *, shared: Scope | None = None, created_at: datetime | None = None
+) -> dict[str, tuple[UUID, int]]:
+    """A tenant with real wrapped keys and, of each stream (name → class), key and history; -> stream → key id, version.
+
+    `shared`: the one key (of a class or the tenant) that all of the streams use.
+    """
+    kek = Kek(tenant, 1, 1, bytearray(secrets.token_bytes(32)))
+    made = created_at or datetime.now(UTC)
+    await connection.execute("INSERT INTO tenants (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING", tenant)
+    await connection.execute(
+        """INSERT INTO tenant_keys (tenant_id, generation, kek_version, kms_uri, kms_key_version, wrapped, fingerprint, state)
+           VALUES ($1, 1, 1, 'file:test', '1', $2, $3, 'active') ON CONFLICT DO NOTHING""",
+        tenant,
+        secrets.token_bytes(60),
+        fingerprint(kek.commitment()),
+    )
+    out: dict[str, tuple[UUID, int]] = {}
+    keys, rows, history = [], [], []
+    for stream, stream_class in streams.items():
+        scope = shared or Scope(tenant=tenant, kind=ScopeKind.STREAM, id=stream)
+        if shared is None or not out:
+            name = KeyName(scope=scope, key_id=uuid4(), version=1, generation=1)
+            wrapped, committed = kek.wrap(secrets.token_bytes(32), name, secrets.token_bytes(12))
+            keys.append((tenant, name.key_id, 1, scope.kind.value, scope.id, 1, 1, wrapped, committed, made))
+            key_id = name.key_id
+        out[stream] = (key_id, 1)
+        rows.append((tenant, stream, 1, stream_class, True, 1, key_id, "AES-256-GCM", made))
+        history.append((tenant, stream, key_id, 1, 1))
+    columns = ["tenant_id", "key_id", "key_version", "scope_kind", "scope_id", "generation", "kek_version", "key_material", "commitment", "created_at"]
+    await connection.copy_records_to_table("encryption_keys", records=keys, columns=columns)
+    columns = ["tenant_id", "stream_id", "position", "stream_type_class", "is_encrypted", "encrypted_from_position", "encryption_key_id"]
+    columns += ["encryption_algorithm", "created_at"]
+    await connection.copy_records_to_table("streams", records=rows, columns=columns)
+    columns = ["tenant_id", "stream_id", "key_id", "key_version", "used_from_position"]
+    await connection.copy_records_to_table("stream_key_history", records=history, columns=columns)
+    return out
+
+
+async def add_events(connection: Connection, tenant: str, stream: str, count: int, *, plain: bool = False, first: int = 1) -> None:
+    """Events that nobody can open: enough for counting and deleting."""
+    columns = ["tenant_id", "stream_id", "stream_position", "message_id", "message_type", "data", "data_encrypted", "metadata"]
+    body = (b"{}", None, {"key": "k", "timestamp": 0}) if plain else (None, secrets.token_bytes(100), None)
+    rows = [(tenant, stream, position, f"m{position}", "t", *body) for position in range(first, first + count)]
+    await connection.copy_records_to_table("messages", records=rows, columns=columns)
