@@ -98,7 +98,7 @@ def control(config: Path, **options: Any) -> Iterator[ControlProcess]:
         started.kill()
 
 
-def command(settings: Settings, op: str, scope: Scope, **changes: Any) -> tuple[UUID, bytes]:
+def command(settings: Settings, op: str, scope: Scope, /, **changes: Any) -> tuple[UUID, bytes]:
     """-> id, value of a command; `changes` replace fields of the document."""
     command_id, now = uuid4(), datetime.now(UTC)
     value = compose(

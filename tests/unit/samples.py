@@ -11,6 +11,7 @@ from sidecar.core.envelope import Header, event_aad, open_envelope, parse_header
 from sidecar.core.errors import UnknownKey
 from sidecar.core.keys import KeyName
 from sidecar.core.model import Scope, ScopeKind
+from sidecar.core.view import OWN_HEADERS
 
 SUITES = list(Suite)
 SCOPE_KINDS = list(ScopeKind)
@@ -26,7 +27,8 @@ keys = st.binary(min_size=32, max_size=32)
 nonces = st.binary(min_size=12, max_size=12)
 suites = st.sampled_from(SUITES)
 scope_kinds = st.sampled_from(SCOPE_KINDS)
-kafka_headers = st.lists(st.tuples(st.text(max_size=20), st.none() | st.binary(max_size=40)), max_size=8)
+header_names = st.text(max_size=20).filter(lambda name: name not in OWN_HEADERS)
+kafka_headers = st.lists(st.tuples(header_names, st.none() | st.binary(max_size=40)), max_size=8)
 scopes = st.builds(Scope, tenant=tenants, kind=scope_kinds, id=identifiers)
 key_names = st.builds(KeyName, scope=scopes, key_id=st.uuids(), version=u32s, generation=u32s)
 envelope_headers = st.builds(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import cryptography_vectors
 import pytest
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, AESGCMSIV, ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
@@ -38,11 +39,11 @@ def cases(path: str) -> Iterator[Case]:
         else:
             name, _, value = line.partition("=")
             case[name.strip().lower()] = value.strip()
-    return
 
 
 def field(case: Case, *names: str) -> bytes:
-    return bytes.fromhex(next((case[name] for name in names if name in case), ""))
+    text = next((case[name] for name in names if name in case), "")
+    return text.strip('"').encode() if text.startswith('"') else bytes.fromhex(text)
 
 
 def split(case: Case) -> tuple[bytes, bytes, bytes, bytes, bytes]:
@@ -62,7 +63,7 @@ FILES = [
     ("AES/GCM/gcmDecrypt256.rsp", AESGCM, second.open_aes_gcm, 375),
     ("ChaCha20Poly1305/boringssl.txt", ChaCha20Poly1305, second.open_chacha20_poly1305, 66),
     ("ChaCha20Poly1305/openssl.txt", ChaCha20Poly1305, second.open_chacha20_poly1305, 5),
-    ("AES/GCM-SIV/openssl.txt", AESGCMSIV, second.open_aes_gcm_siv, 50),
+    ("AES/GCM-SIV/openssl.txt", AESGCMSIV, second.open_aes_gcm_siv, 24),
 ]
 
 
@@ -72,7 +73,7 @@ def test_known_answers_open_as_published_and_never_when_altered(path: str, ciphe
     for case in ours(path):
         key, nonce, sealed, aad, plaintext = split(case)
         ours_: Cipher = cipher(key)
-        if "fail" in case:
+        if "fail" in case or case.get("result") == "CIPHERFINAL_ERROR":
             with pytest.raises(AuthenticationFailed):
                 open_sealed(ours_, nonce, sealed, aad)
             with pytest.raises(second.Rejected):
@@ -113,7 +114,7 @@ def test_buffer_holds_nothing_after_a_failed_open() -> None:
     sealed = bytearray(cipher.encrypt(bytes(12), b"the key itself", b""))
     sealed[-1] ^= 1
     raw = bytearray(14)
-    with pytest.raises(Exception, match=""):
+    with pytest.raises(InvalidTag):
         cipher.decrypt_into(bytes(12), bytes(sealed), b"", raw)
     assert raw == b"the key itself", "control: should the library mend this, the wipe in open_into may go"
     out = bytearray(14)

@@ -1,9 +1,7 @@
 """Bytes that were altered, cut, moved, relabelled or planted never open; and the checks that say so have been seen red."""
 
-import struct
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
 from uuid import UUID
 
 import pytest
@@ -63,7 +61,7 @@ def test_truncation_at_every_length_is_refused(suite: Suite) -> None:
     sealed = seal(header(suite), ROW, SECRET)
     for length in range(len(sealed)):
         assert outcome(sealed[:length]) is (MalformedEnvelope if length < OVERHEAD_BYTES else AuthenticationFailed), f"length {length}"
-        assert outcome(sealed[length:]) in (MalformedEnvelope, UnsupportedEnvelope, SECRET if length == 0 else None)
+        assert length == 0 or outcome(sealed[length:]) is MalformedEnvelope, f"without its first {length} bytes"
     assert outcome(sealed + b"\0") is AuthenticationFailed
 
 
@@ -136,8 +134,7 @@ def test_control_empty_associated_data_is_noticed(suite: Suite) -> None:
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_control_parts_without_their_lengths_are_noticed(suite: Suite) -> None:
-    moved = {"a letter moved from message id to type", "a letter moved from stream to tenant"}
-    assert survivors(suite, aad_without_lengths) == moved & survivors(suite, aad_without_lengths) != set()
+    assert survivors(suite, aad_without_lengths) == {"a letter moved from message id to type", "a letter moved from stream to tenant"}
 
 
 def header_survivors(authenticated: bool) -> set[int]:
@@ -269,6 +266,4 @@ def test_kek_payload_cut_at_any_length_is_refused() -> None:
 
 
 def test_failures_of_bytes_are_record_errors_so_they_become_dead_letters_not_crashes() -> None:
-    errors: list[Any] = [MalformedEnvelope, UnsupportedEnvelope, AuthenticationFailed]
-    assert all(issubclass(error, RecordError) for error in errors)
-    assert struct.calcsize(">2sBBB16sI") == PREFIX_BYTES
+    assert all(issubclass(error, RecordError) for error in (MalformedEnvelope, UnsupportedEnvelope, AuthenticationFailed))
