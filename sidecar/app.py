@@ -1,10 +1,15 @@
 """Composition root: settings → adapters → flows."""
 
 import asyncio
+import gc
 import signal
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+
+from aiohttp import web
 
 from sidecar import policies, telemetry, topics
 from sidecar.core.errors import ConfigurationError
@@ -19,7 +24,7 @@ from sidecar.kms import open_kms
 from sidecar.pipeline import Pipeline, Ports
 from sidecar.postgres import leases, migrations
 from sidecar.postgres.batches import GuardSession
-from sidecar.postgres.connection import connected, open_pool
+from sidecar.postgres.connection import Pool, connected, open_pool
 from sidecar.postgres.keystore import KeyStore
 from sidecar.postgres.leases import Lease
 from sidecar.settings import Settings, SourceSettings
@@ -104,24 +109,51 @@ class Claimer:
         return Lease(topic, number, source_id, epoch, stored, committed, stored), max(min(stored, committed), low)
 
 
-async def run_data_plane(settings: Settings, instance_id: str) -> None:
-    """`sidecar run`: until SIGTERM or SIGINT, then gracefully."""
-    telemetry.start_logging()
+@dataclass(slots=True, kw_only=True)
+class DataPlane:
+    """One instance, put together. `run` serves until `stop` is set, then ends gracefully."""
+
+    settings: Settings
+    instance_id: str
+    pipeline: Pipeline
+    source: KafkaSource
+    pool: Pool
+    upkeep: Upkeep
+
+    async def run(self, stop: asyncio.Event) -> None:
+        ports = self.pipeline.ports
+        # The default looks through every object after a few hundred allocations; a batch makes tens of thousands, none in cycles.
+        gc.set_threshold(100_000, 50, 100)
+        upkeep = asyncio.create_task(self.upkeep.run())
+        try:
+            await self.source.subscribe([s.topic for s in self.settings.sources])
+            await self.pipeline.run(self.source, stop)
+            await self.source.close()
+            await ports.session.stop()
+        finally:
+            upkeep.cancel()
+            with suppress(asyncio.CancelledError):
+                await upkeep
+            await ports.session.close()
+            await ports.producer.close()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.pool.close(), 2)
+
+
+async def compose(settings: Settings, instance_id: str, *, pipeline_of: Callable[[Ports], Pipeline] = Pipeline) -> DataPlane:
+    """Check what is needed, then wire it; tests give a pipeline whose steps they delay or break. Raises ConfigurationError, Unavailable."""
     if not settings.sources:
         raise ConfigurationError("there is no source", where="sources", mend="name a topic to read, see `sidecar init`")
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, stop.set)
     kms = open_kms(settings.kms.uri)
     await kms.check()
     if settings.kms.uri.startswith("file:"):
         telemetry.log.warning("the KMS is a key file: losing it loses the data, a copy of it opens them", extra={"action": "start"})
     admin = Admin(settings)
     views, dead_letter_partitions = await prepare(settings, admin)
-    pool = await open_pool(settings.postgres.for_role("data"), application_name=f"sidecar keys {instance_id}")
+    dsn = settings.postgres.for_role("data")
+    pool = await open_pool(dsn, application_name=f"sidecar keys {instance_id}")
     keys, store = KeyManagement(kms), KeyStore(pool)
-    session = GuardSession(settings.postgres.for_role("data"), instance_id, settings.transactional_id(instance_id))
+    session = GuardSession(dsn, instance_id, settings.transactional_id(instance_id))
     sources = Sources(settings)
     claimer = Claimer(sources, session, admin, instance_id)
     ports = Ports(
@@ -139,33 +171,32 @@ async def run_data_plane(settings: Settings, instance_id: str) -> None:
         claim=claimer.claim,
         clock=SystemClock(),
     )
-    pipeline = Pipeline(ports)
-    http = await telemetry.start_http(settings.http, ready=lambda: pipeline.ready)
+    pipeline = pipeline_of(ports)
     source = KafkaSource(settings, instance_id, on_assigned=pipeline.assigned, on_revoked=pipeline.revoked)
     claimer.source = source
-    upkeep = asyncio.create_task(Upkeep(settings, instance_id, pipeline, admin, sources.topic_ids).run())
-    announce = asyncio.create_task(_announce(pipeline, http))
+    upkeep = Upkeep(settings, instance_id, pipeline, admin, sources.topic_ids)
+    return DataPlane(settings=settings, instance_id=instance_id, pipeline=pipeline, source=source, pool=pool, upkeep=upkeep)
+
+
+async def run_data_plane(settings: Settings, instance_id: str) -> None:
+    """`sidecar run`: until SIGTERM or SIGINT, then gracefully."""
+    telemetry.start_logging()
+    stop = asyncio.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, stop.set)
+    plane = await compose(settings, instance_id)
+    http = await telemetry.start_http(settings.http, ready=lambda: plane.pipeline.ready)
+    announce = asyncio.create_task(_announce(plane.pipeline, http))
     try:
-        await source.subscribe([s.topic for s in settings.sources])
-        await pipeline.run(source, stop)
-        await source.close()
-        await session.stop()
+        await plane.run(stop)
     finally:
-        for task in (upkeep, announce):
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-        await session.close()
-        await ports.producer.close()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(pool.close(), 2)
+        announce.cancel()
         await http.cleanup()
 
 
-async def _announce(pipeline: Pipeline, http: object) -> None:
-    while not pipeline.ready[0]:
-        await asyncio.sleep(0.02)
-    telemetry.say_ready(http)  # type: ignore[arg-type]
+async def _announce(pipeline: Pipeline, http: web.AppRunner) -> None:
+    await pipeline.serving.wait()
+    telemetry.say_ready(http)
 
 
 async def prepare(settings: Settings, admin: Admin) -> tuple[Views, int]:

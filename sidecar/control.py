@@ -1,6 +1,6 @@
 """The command path, free of Faust: receive into the inbox, carry out, publish receipts.
 
-    receive()  a control record becomes a row of the inbox and a receipt in the outbox, in one transaction; after that it may be acked
+    Inbox      (inbox.py) a control record becomes a row of the inbox and a receipt in the outbox; after that it may be acked
     Executor   the one process that holds the deployment's lock works off the inbox: per tenant one after another, tenants side by side
     Outbox     publishes receipts in order; after a crash it looks on the topic for what was published, so none is there twice
     Timer      puts rotations that are due by age into the inbox, as commands of its own
@@ -11,18 +11,15 @@ What cannot be reached is waited for, with growing pauses and for ever: nothing 
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from hashlib import sha256
 from typing import Any, Final
-from uuid import UUID
 
 import orjson
 
 from sidecar import telemetry
-from sidecar.core.command import Command, Incoming, compose, parse, receipt, receipt_id, rfc3339, stored
+from sidecar.core.command import Command, receipt, receipt_id, stored
 from sidecar.core.errors import CommandRejected, Conflict, SidecarError, Unavailable
-from sidecar.core.model import Scope, ScopeKind
+from sidecar.inbox import Backoff, Inbox, log_status, schedule_rotations
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.client import ProducerFenced
 from sidecar.kafka.receipts import Outgoing, ReceiptPublisher, ViewWriter
@@ -38,128 +35,6 @@ AT_ONCE: Final = 4
 """Commands carried out side by side, of different tenants."""
 POLL_SECONDS: Final = 1.0
 """How late a wake-up that got lost is made good."""
-
-
-class Backoff:
-    """0.1 s, doubling to 5 s."""
-
-    def __init__(self) -> None:
-        self._next = 0.1
-
-    async def wait(self) -> None:
-        pause, self._next = self._next, min(5.0, self._next * 2)
-        await asyncio.sleep(pause)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControlRecord:
-    """A record of the control topic. `source` is topic/partition/offset: the same one twice is Kafka's redelivery, not the sender's."""
-
-    value: bytes | None
-    source: str
-
-
-class Inbox:
-    """Takes control records in. Safe to run in several processes at once."""
-
-    def __init__(self, settings: Settings, pool: Pool, clock: Clock, wake: Callable[[], None]) -> None:
-        self._settings, self._pool, self._clock, self._wake = settings, pool, clock, wake
-
-    async def receive(self, record: ControlRecord) -> None:
-        """Returns when the record is durably accepted or rejected, however long that takes. Never raises, but when cancelled."""
-        backoff = Backoff()
-        while True:
-            try:
-                failpoint("receive")
-                await self._once(record)
-                failpoint("received")
-                self._wake()
-                return
-            except (Unavailable, Conflict) as error:
-                telemetry.retries.labels("inbox").inc()
-                telemetry.log.warning("inbox waits", extra={"action": "receive", "source": record.source, "error": error})
-            except Exception as error:
-                # Nothing that a sender can write should come here; if it does, one record must not hold up the topic.
-                telemetry.log.error("a control record cannot be taken in", extra={"action": "receive", "source": record.source}, exc_info=error)
-                with suppress(SidecarError):
-                    return await self._refuse(record, CommandRejected("malformed", "the record could not be taken in"))
-            await backoff.wait()
-
-    async def _once(self, record: ControlRecord) -> None:
-        now = self._clock.now()
-        control = self._settings.control
-        incoming = parse(record.value, audience=self._settings.deployment, now=now, allow_unsigned=control.allow_unsigned)
-        if incoming.command_id is None:
-            assert isinstance(incoming.outcome, CommandRejected)  # noqa: S101 (a command has an id)
-            return await self._refuse(record, incoming.outcome)
-        async with transaction(self._pool) as connection:
-            known = await commands.find(connection, incoming.command_id)
-            if known is not None:
-                return await self._again(connection, known, incoming, record, now)
-            outcome = await self._judge(connection, incoming.outcome)
-            await self._store(connection, incoming.command_id, replace(incoming, outcome=outcome), record, now)
-
-    async def _judge(self, connection: Connection, outcome: Command | CommandRejected) -> Command | CommandRejected:
-        """What only the store can say."""
-        if isinstance(outcome, CommandRejected):
-            return outcome
-        if not await commands.tenant_exists(connection, outcome.scope.tenant):
-            return CommandRejected("unknown_tenant", "there is no such tenant")
-        if outcome.dry_run and outcome.op != "shred":
-            return CommandRejected("dry_run_unsupported", "only a shred can be tried out")
-        return outcome
-
-    async def _store(self, connection: Connection, command_id: UUID, incoming: Incoming, record: ControlRecord, now: datetime) -> None:
-        outcome = incoming.outcome
-        accepted = isinstance(outcome, Command)
-        error = None if isinstance(outcome, Command) else outcome
-        status: Any = "accepted" if accepted else "rejected"
-        tenant = (incoming.scope or {}).get("tenant")
-        actor = outcome.requested_by if isinstance(outcome, Command) else "unknown"
-        details = {"command_id": str(command_id), "op": incoming.op, "source": record.source, "error": error.code if error else None}
-        row = await audit.append(
-            connection, writer=WRITER, at=now, action=f"command.{status}", actor=actor, tenant=tenant if accepted else None, details=details
-        )
-        body = receipt(
-            receipt_id(command_id, status), command_id=command_id, op=incoming.op, scope=incoming.scope, status=status, error=error,
-            accepted_at=rfc3339(now) if accepted else None, audit={"writer": row.writer, "seq": row.seq},
-        )  # fmt: skip
-        await commands.insert(
-            connection, command_id=command_id, op=incoming.op or "unknown", tenant=tenant, payload=record.value or b"", issuer=actor, status=status,
-            facts={"source": record.source, "accepted_at": body["accepted_at"]}, receipt=body, at=now,
-        )  # fmt: skip
-        _log_status(incoming.op, status, command_id, error)
-
-    async def _again(self, connection: Connection, known: commands.Entry, incoming: Incoming, record: ControlRecord, now: datetime) -> None:
-        """The id is known. The same bytes: the stored receipt again, unless Kafka merely delivered the same record twice."""
-        if known.payload_sha256 != sha256(record.value or b"").digest():
-            error = CommandRejected("id_reused", "a command with this id and other content came before; it stands as it was")
-            digest = sha256(record.value or b"").hexdigest()
-            identity = receipt_id(incoming.command_id, "id_reused", digest)
-            body = receipt(identity, command_id=incoming.command_id, op=incoming.op, scope=incoming.scope, status="rejected", error=error)
-            if await commands.add_receipt(connection, body):
-                details = {"command_id": str(incoming.command_id), "op": incoming.op, "source": record.source, "error": error.code}
-                await audit.append(connection, writer=WRITER, at=now, action="command.rejected", actor="unknown", tenant=None, details=details)
-                _log_status(incoming.op, "rejected", incoming.command_id, error)
-        elif known.facts.get("source") != record.source and known.receipt is not None:
-            await commands.repeat_receipt(connection, known.receipt, record.source)
-
-    async def _refuse(self, record: ControlRecord, error: CommandRejected) -> None:
-        """A record without a usable command id: a receipt without one, once per record."""
-        body = receipt(receipt_id("record", record.source), command_id=None, op=None, scope=None, status="rejected", error=error)
-        async with transaction(self._pool) as connection:
-            if await commands.add_receipt(connection, body):
-                details = {"command_id": None, "source": record.source, "error": error.code}
-                now = self._clock.now()
-                await audit.append(connection, writer=WRITER, at=now, action="command.rejected", actor="unknown", tenant=None, details=details)
-                _log_status(None, "rejected", None, error)
-        self._wake()
-
-
-def _log_status(op: str | None, status: str, command_id: Any, error: CommandRejected | None = None) -> None:
-    known = op if op in ("shred", "rotate") else "unknown"
-    telemetry.commands.labels(known, status).inc()
-    telemetry.log.info("command", extra={"action": known, "status": status, "command_id": command_id, "code": error.code if error else None})
 
 
 class Executor:
@@ -253,7 +128,7 @@ class Executor:
     def _settled(self, job: Job, status: str, error: CommandRejected | None = None) -> None:
         seconds = (datetime.now(job.received_at.tzinfo) - job.received_at).total_seconds()
         telemetry.command_seconds.labels(job.op).observe(max(0.0, seconds))
-        _log_status(job.op, status, job.command_id, error)
+        log_status(job.op, status, job.command_id, error)
 
 
 class Outbox:
@@ -312,36 +187,6 @@ def _outgoing(row: Unpublished) -> Outgoing:
     return Outgoing(outbox_id=row.outbox_id, key=key, value=orjson.dumps(row.body))
 
 
-async def schedule_rotations(settings: Settings, pool: Pool, clock: Clock) -> int:
-    """Put what is due by age into the inbox; -> how many. A class of a tenant that is already on its way is left alone."""
-    now = clock.now()
-    async with transaction(pool) as connection:
-        due = await commands.rotations_due(connection, now)
-    for tenant, stream_class, older_than in due:
-        scope = Scope(tenant=tenant, kind=ScopeKind.CLASS, id=stream_class)
-        identity = receipt_id("timer", tenant, stream_class, now.isoformat())
-        payload = compose(
-            command_id=identity, audience=settings.deployment, op="rotate", scope=scope, reason="older than the policy's rotation interval",
-            requested_by=commands.TIMER_ISSUER, ticket=None, issued_at=now, not_after=now + timedelta(days=365),
-            options={"older_than": older_than.isoformat()},
-        )  # fmt: skip
-        async with transaction(pool) as connection:
-            details = {"command_id": str(identity), "op": "rotate", "source": commands.TIMER_ISSUER, "error": None}
-            row = await audit.append(
-                connection, writer=WRITER, at=now, action="command.accepted", actor=commands.TIMER_ISSUER, tenant=tenant, details=details
-            )
-            body = receipt(
-                receipt_id(identity, "accepted"), command_id=identity, op="rotate", scope=scope.to_json(), status="accepted",
-                accepted_at=rfc3339(now), audit={"writer": row.writer, "seq": row.seq},
-            )  # fmt: skip
-            facts = {"source": commands.TIMER_ISSUER, "class": stream_class, "accepted_at": body["accepted_at"]}
-            await commands.insert(
-                connection, command_id=identity, op="rotate", tenant=tenant, payload=payload, issuer=commands.TIMER_ISSUER, status="accepted",
-                facts=facts, receipt=body, at=now,
-            )  # fmt: skip
-    return len(due)
-
-
 class ControlPlane:
     """Holds the deployment's lock and runs executor, outbox and timer while it does; `lead` and `follow` start and stop the receiving.
 
@@ -362,6 +207,7 @@ class ControlPlane:
         self._state = "starting"
         self._trouble: str | None = None
         self._own: Backend | None = None
+        self._opened = False
         self._executor: Executor | None = None
         self._outbox: Outbox | None = None
         self.settled = asyncio.Event()
@@ -380,8 +226,11 @@ class ControlPlane:
         await asyncio.to_thread(create_topics, self._admin, self._settings)
         self._pool = await open_pool(dsn, application_name="sidecar control", max_size=AT_ONCE * 2 + 4)
         self.inbox = Inbox(self._settings, self._pool, self._clock, self._wake_executor)
+        self._opened = True
 
     async def close(self) -> None:
+        if not self._opened:
+            return
         with suppress(TimeoutError):
             await asyncio.wait_for(self._pool.close(), 5)
         self._pool.terminate()

@@ -21,7 +21,9 @@ from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread
 from faust.transport.drivers.aiokafka import Consumer as FaustConsumer
 
 from sidecar import telemetry
-from sidecar.control import Backoff, ControlPlane, ControlRecord
+from sidecar.control import ControlPlane
+from sidecar.core.errors import Unavailable
+from sidecar.inbox import Backoff, ControlRecord
 from sidecar.settings import KafkaSecurity, Settings
 
 THREADS: Final = 16
@@ -131,7 +133,7 @@ class Receiver:
                     await asyncio.wait_for(app.start(), START_SECONDS)
                     self._up.set()
                     backoff = Backoff()
-                    while not (app.crashed or app.should_stop):
+                    while not (app.crashed or app.should_stop):  # noqa: ASYNC110 (Faust tells nobody)
                         await asyncio.sleep(0.2)
                     telemetry.log.error("the receiver stopped", extra={"action": "receive", "error": app.crash_reason})
                 except Exception as error:
@@ -149,7 +151,7 @@ async def _stop(app: Any) -> None:
 
 
 async def run_control_plane(settings: Settings, *, http: bool = True, timer_seconds: float = 60.0) -> None:
-    """`sidecar control`: until SIGTERM or SIGINT. Raises ConfigurationError, or Unavailable when it cannot start at all."""
+    """`sidecar control`: until SIGTERM or SIGINT. Raises ConfigurationError; what cannot be reached yet is waited for."""
     telemetry.start_logging()
     for noisy in ("faust", "mode", "aiokafka", "kafka", __name__):  # the last one: Faust logs in the name of who subclasses it
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -168,9 +170,8 @@ async def run_control_plane(settings: Settings, *, http: bool = True, timer_seco
         serves, why = plane.ready()
         return (False, "starting: no control records are received yet") if serves and not receiver.ready else (serves, why)
 
-    await plane.open()
     runner = await telemetry.start_http(settings.http, ready=ready) if http else None
-    work = asyncio.create_task(plane.run())
+    work = asyncio.create_task(_open_and_run(plane))
     stop = asyncio.create_task(stopping.wait())
     announce = asyncio.create_task(_announce(ready, runner))
     try:
@@ -188,7 +189,20 @@ async def run_control_plane(settings: Settings, *, http: bool = True, timer_seco
         sys.stderr.flush()
 
 
+async def _open_and_run(plane: ControlPlane) -> None:
+    """Postgres and Kafka may come up after us."""
+    backoff = Backoff()
+    while True:
+        try:
+            await plane.open()
+            break
+        except Unavailable as error:
+            telemetry.log.warning("control waits", extra={"action": "start", "error": error})
+            await backoff.wait()
+    await plane.run()
+
+
 async def _announce(ready: Any, runner: Any) -> None:
-    while not ready()[0]:
+    while not ready()[0]:  # noqa: ASYNC110 (several parties have a say in it)
         await asyncio.sleep(0.02)
     telemetry.say_ready(runner)

@@ -201,8 +201,8 @@ class BatchSettings(_Section):
 class LimitSettings(_Section):
     max_record_bytes: ByteSize = ByteSize(2**20)
     max_headers: int = Field(default=256, ge=8)
-    key_cache_entries: int = Field(default=200_000, ge=1000)
-    stream_heads: int = Field(default=500_000, ge=1000)
+    key_cache_entries: int = Field(default=20_000, ge=1000)
+    stream_heads: int = Field(default=20_000, ge=1000)
 
 
 class HttpSettings(_Section):
@@ -281,7 +281,7 @@ def load(path: Path | None = None, *, flags: dict[str, Any] | None = None) -> Se
         raise ConfigurationError(
             "there is no configuration file", where=str(file), mend="`sidecar init DIR` writes one; --config or $SIDECAR_CONFIG names it"
         ) from None
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigurationError("the configuration file cannot be read", where=f"{file}: {_first_line(error)}", mend="mend its YAML") from None
     if not isinstance(document, dict):
         raise ConfigurationError("the configuration file is no mapping", where=str(file), mend="start from `sidecar init DIR`")
@@ -326,9 +326,12 @@ def _from_environment() -> dict[str, Any]:
             value, path = _read_secret(Path(value), name), path.removesuffix("_FILE")
         keys = path.lower().split("__")
         here = out
-        for key in keys[:-1]:
-            here = here.setdefault(key, {})
-        here[keys[-1]] = yaml.safe_load(value) if value[:1] in "[{" else value
+        try:
+            for key in keys[:-1]:
+                here = here.setdefault(key, {})
+            here[keys[-1]] = yaml.safe_load(value) if value[:1] in "[{" else value
+        except (AttributeError, TypeError, yaml.YAMLError):
+            raise ConfigurationError("the variable makes no sense", where=name, mend="a plain value, or YAML in [] or {}") from None
     return out
 
 
@@ -343,9 +346,11 @@ def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
 def _read_secret(path: Path, where: str) -> str:
     try:
         return path.read_text().strip()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
-            f"the secret's file cannot be read: {error.strerror}", where=f"{where}: {path}", mend="name a file that this user may read"
+            f"the secret's file cannot be read: {getattr(error, 'strerror', 'it is no text')}",
+            where=f"{where}: {path}",
+            mend="name a file that this user may read",
         ) from None
 
 

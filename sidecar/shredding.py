@@ -351,9 +351,10 @@ def _tombstones(tenant: str, row: Any, views: list[View]) -> list[ViewRecord]:
     for view in views:
         matched = (row["class"] is None or _any(view.classes, row["class"])) and (row["topic"] is None or _any(view.topics, row["topic"]))
         source_key = parse_attributes(row["metadata"])[0] if view.key_mode == "source" and row["metadata"] else None
-        key = view_key(view.key_mode, tenant, row["stream_id"], row["stream_position"], source_key)
+        path = f"{tenant}/{row['stream_id']}"
+        key = view_key(view.key_mode, path, row["stream_position"], source_key)
         if matched and key is not None:  # a record without a key cannot be tombstoned; retention is its end
-            out.append(ViewRecord(topic=view.topic, partition=view_partition(tenant, row["stream_id"], view.partitions), key=key, value=None))
+            out.append(ViewRecord(topic=view.topic, partition=view_partition(path, view.partitions), key=key, value=None))
     return out
 
 

@@ -77,11 +77,12 @@ def project(
         position=position,
         source=(topic.encode(), partition, offset),
     )
+    path = f"{tenant}/{stream}"
     return [
         Outgoing(
             view.settings.topic,
-            view_partition(tenant, stream, view.partitions),
-            view_key(view.settings.key, tenant, stream, position, key),
+            view_partition(path, view.partitions),
+            view_key(view.settings.key, path, position, key),
             value,
             out_headers,
             origin,

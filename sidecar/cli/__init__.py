@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
-from sidecar.cli.context import Cli, Exit, guarded
+from sidecar.cli.context import Cli, Exit, guarded, say
 
 app = typer.Typer(
     name="sidecar",
@@ -73,9 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
         failed = guarded(call)
     except typer.Exit as exit_:
         failed = exit_.exit_code
-    except Exception as error:
-        if not hasattr(error, "format_message"):
-            raise
-        error.show()  # click's usage errors print themselves
+    except TyperException as error:
+        if text := (error.format_message() if hasattr(error, "format_message") else str(error)):
+            say(f"error: {text}")
         failed = Exit.USAGE
+    except typer.Abort:
+        failed = Exit.FAILED
     sys.exit(failed or code)

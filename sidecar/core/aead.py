@@ -9,7 +9,8 @@ import struct
 from enum import IntEnum
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM, AESGCMSIV, ChaCha20Poly1305
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM as AESGCM
+from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV, ChaCha20Poly1305
 
 from sidecar.core.errors import AuthenticationFailed, UnsupportedEnvelope
 

@@ -10,7 +10,7 @@ The value is read for that, never changed.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -188,7 +188,8 @@ def occurred_at(headers: Mapping[str, bytes | None], timestamp_ms: int) -> int:
         try:
             moment = datetime.fromisoformat(raw.decode("ascii"))
             if moment.tzinfo is not None:
-                return round(moment.timestamp() * 1_000_000)
+                # an offset can move it out of the calendar: Postgres would take it, and no reader could read the row
+                return round(moment.astimezone(UTC).timestamp() * 1_000_000)
         except (ValueError, OverflowError):
             pass
     return min(max(timestamp_ms, 0), LAST_MS) * 1000  # a producer may write any number, Postgres and Python end somewhere

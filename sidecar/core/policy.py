@@ -50,6 +50,10 @@ PLAIN, REFUSE = Plain(), Refuse()
 _UNMATCHED: dict[str, Decision] = {"encrypt": Encrypt(Suite.AES_256_GCM, ScopeKind.STREAM), "plain": PLAIN, "refuse": REFUSE}
 
 
+def _of(policy: Policy) -> Decision:
+    return Encrypt(policy.suite, policy.key_scope) if policy.encrypt else PLAIN
+
+
 class PolicySet:
     """All policies at one policy version. Immutable: a change makes a new one."""
 
@@ -69,10 +73,7 @@ class PolicySet:
         decision = self._decisions.get(key)
         if decision is None:
             policy = self.find(tenant, stream_class)
-            if policy is None:
-                decision = _UNMATCHED[self.unmatched]
-            else:
-                decision = Encrypt(policy.suite, policy.key_scope) if policy.encrypt else PLAIN
+            decision = _UNMATCHED[self.unmatched] if policy is None else _of(policy)
             self._decisions[key] = decision
         return decision
 

@@ -7,6 +7,7 @@ both paths call these functions with the same inputs.
 import base64
 import struct
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 from zlib import crc32
 
@@ -89,11 +90,12 @@ def unframe(plaintext: bytes) -> tuple[bytes, bytes]:
     return plaintext[4 : 4 + size], plaintext[4 + size :]
 
 
-def rfc3339(timestamp_ms: int) -> str:
+@lru_cache(4096)
+def rfc3339(timestamp_ms: int) -> bytes:
     """CloudEvents `time`, UTC with milliseconds. A producer may write any number: what no calendar holds becomes its edge."""
     timestamp_ms = min(max(timestamp_ms, 0), LAST_MS)
     moment = datetime.fromtimestamp(timestamp_ms // 1000, UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{timestamp_ms % 1000:03d}Z"
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{timestamp_ms % 1000:03d}Z".encode()
 
 
 def view_headers(
@@ -110,12 +112,12 @@ def view_headers(
 ) -> list[tuple[str, bytes | None]]:
     """The source's own headers, then ours (contract: messages.md); what a producer wrote under our names is gone."""
     out = [pair for pair in source_headers if pair[0] not in OWN_HEADERS]
-    names = {name for name, _ in out}
+    names = {pair[0] for pair in out} if out else ()
     if "ce_source" not in names:
         out.append(("ce_source", b"/kafka/" + source[0] if source else b"/sidecar"))
     if "ce_time" not in names:
-        out.append(("ce_time", rfc3339(timestamp_ms).encode()))
-    out += [
+        out.append(("ce_time", rfc3339(timestamp_ms)))
+    out += (
         ("ce_specversion", b"1.0"),
         ("ce_id", message_id),
         ("ce_type", type_),
@@ -123,22 +125,22 @@ def view_headers(
         ("ce_streamid", stream),
         ("ce_streamtype", stream_class),
         ("ce_streamposition", b"%d" % position),
-    ]
+    )
     if source is not None:
-        out += [("ce_sourcetopic", source[0]), ("ce_sourcepartition", b"%d" % source[1]), ("ce_sourceoffset", b"%d" % source[2])]
+        out += (("ce_sourcetopic", source[0]), ("ce_sourcepartition", b"%d" % source[1]), ("ce_sourceoffset", b"%d" % source[2]))
     return out
 
 
-def view_key(mode: str, tenant: str, stream: str, position: int, source_key: bytes | None) -> bytes | None:
-    """By `key` mode: `tenant/stream/position`, `tenant/stream`, or the source record's own key."""
+def view_key(mode: str, path: str, position: int, source_key: bytes | None) -> bytes | None:
+    """By `key` mode: `tenant/stream/position`, `tenant/stream`, or the source record's own key. `path` is `tenant/stream`."""
     if mode == "event":
-        return f"{tenant}/{stream}/{position}".encode()
-    return f"{tenant}/{stream}".encode() if mode == "stream" else source_key
+        return f"{path}/{position}".encode()
+    return path.encode() if mode == "stream" else source_key
 
 
-def view_partition(tenant: str, stream: str, partitions: int) -> int:
+def view_partition(path: str, partitions: int) -> int:
     """CRC-32 of `tenant/stream` (a tenant id holds no slash): a later tombstone finds the partition without an index."""
-    return crc32(f"{tenant}/{stream}".encode()) % partitions
+    return crc32(path.encode()) % partitions
 
 
 def guard_stripe(tenant: str) -> int:

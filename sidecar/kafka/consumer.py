@@ -68,7 +68,7 @@ class KafkaSource:
         # answers UNRELEASED_INSTANCE_ID until the dead member's session times out (docs/adr/0003).
         protocol: dict[str, Any] = {"group.protocol": "consumer"}
         if classic:
-            protocol = {"partition.assignment.strategy": "cooperative-sticky", "session.timeout.ms": 45_000, "group.instance.id": self._instance_id}
+            protocol = {"partition.assignment.strategy": "cooperative-sticky", "session.timeout.ms": 15_000, "group.instance.id": self._instance_id}
         return Consumer(
             client_config(
                 self._settings,

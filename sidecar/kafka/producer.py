@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 
@@ -110,7 +110,7 @@ class TransactionalProducer:
         for topic, partition, key, value, headers, origin in records:
             while True:
                 try:
-                    produce(topic, value, key, partition, headers=headers)
+                    produce(topic, value, key, partition, headers=cast(Any, headers))
                     break
                 except BufferError:
                     producer.poll(0.1)

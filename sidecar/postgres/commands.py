@@ -83,7 +83,8 @@ async def add_receipt(connection: Connection, body: dict[str, Any], *, outbox_id
     with mapped():
         done = await connection.execute(
             # clock_timestamp: the order of publication is the order of the steps, not of the beginnings of their transactions
-            "INSERT INTO receipts (receipt_id, command_id, status, body, created_at) VALUES ($1, $2, $3, $4, clock_timestamp()) ON CONFLICT DO NOTHING",
+            """INSERT INTO receipts (receipt_id, command_id, status, body, created_at) VALUES ($1, $2, $3, $4, clock_timestamp())
+               ON CONFLICT DO NOTHING""",
             outbox_id or UUID(body["receipt_id"]),
             command_id and UUID(command_id),
             body["status"],
@@ -144,14 +145,18 @@ async def next_job(connection: Connection, tenant: str) -> Job | None:
                ORDER BY op <> 'shred', step IS NULL, received_at, command_id LIMIT 1""",
             tenant,
         )
-    return None if row is None else Job(
-        command_id=row["command_id"],
-        op=row["op"],
-        tenant=row["tenant_id"],
-        payload=row["payload"],
-        step=row["step"],
-        facts=row["result"] or {},
-        received_at=row["received_at"],
+    return (
+        None
+        if row is None
+        else Job(
+            command_id=row["command_id"],
+            op=row["op"],
+            tenant=row["tenant_id"],
+            payload=row["payload"],
+            step=row["step"],
+            facts=row["result"] or {},
+            received_at=row["received_at"],
+        )
     )
 
 
@@ -174,7 +179,8 @@ async def unpublished(connection: Connection, limit: int = 500) -> list[Unpublis
 
 async def mark_published(connection: Connection, outbox_ids: list[UUID]) -> None:
     with mapped():
-        await connection.execute("UPDATE receipts SET published_at = clock_timestamp() WHERE receipt_id = ANY ($1) AND published_at IS NULL", outbox_ids)
+        statement = "UPDATE receipts SET published_at = clock_timestamp() WHERE receipt_id = ANY ($1) AND published_at IS NULL"
+        await connection.execute(statement, outbox_ids)
 
 
 async def receipts(connection: Connection, *, command_id: UUID | None = None) -> list[dict[str, Any]]:
@@ -206,7 +212,8 @@ async def rotations_due(connection: Connection, now: datetime, limit: int = 500)
               SELECT k.tenant_id, coalesce(s.stream_type_class, k.scope_id) AS class, k.created_at
               FROM encryption_keys k
               LEFT JOIN streams s ON k.scope_kind = 'stream' AND s.tenant_id = k.tenant_id AND s.stream_id = k.scope_id
-              WHERE k.is_active AND k.scope_kind IN ('stream', 'class') AND k.created_at < $1::timestamptz - make_interval(days => (SELECT days FROM youngest))
+              WHERE k.is_active AND k.scope_kind IN ('stream', 'class')
+                AND k.created_at < $1::timestamptz - make_interval(days => (SELECT days FROM youngest))
             ),
             oldest AS (SELECT tenant_id, class, min(created_at) AS made FROM aged GROUP BY tenant_id, class)
             SELECT o.tenant_id, o.class, $1::timestamptz - make_interval(days => p.days) AS older_than

@@ -103,4 +103,5 @@ async def try_lead(connection: Connection, deployment: str) -> Backend | None:
 async def end_session(connection: Connection, backend: Backend) -> None:
     """End a session of our own that we lost sight of: over a broken network Postgres may keep it, and its lock, for hours."""
     with mapped():
-        await connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1 AND backend_start = $2", backend.pid, backend.started)
+        statement = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1 AND backend_start = $2"
+        await connection.execute(statement, backend.pid, backend.started)

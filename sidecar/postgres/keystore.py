@@ -1,7 +1,7 @@
 """What a batch must know before it seals: tenants, stream heads, keys. Each answered for many at once, in one round trip."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from sidecar.core.aead import Suite
@@ -71,7 +71,7 @@ class KeyStore:
     async def policies(self, unmatched: Unmatched) -> PolicySet:
         with mapped():
             async with self._pool.acquire() as connection:
-                return await load_policies(connection, unmatched)
+                return await load_policies(cast(Connection, connection), unmatched)
 
 
 def policy_from_row(row: Any) -> Policy:

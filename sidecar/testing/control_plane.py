@@ -181,7 +181,8 @@ async def seed(
         out[stream] = (key_id, 1)
         rows.append((tenant, stream, 1, stream_class, True, 1, key_id, "AES-256-GCM", made))
         history.append((tenant, stream, key_id, 1, 1))
-    columns = ["tenant_id", "key_id", "key_version", "scope_kind", "scope_id", "generation", "kek_version", "key_material", "commitment", "created_at"]
+    columns = ["tenant_id", "key_id", "key_version", "scope_kind", "scope_id", "generation", "kek_version", "key_material", "commitment"]
+    columns += ["created_at"]
     await connection.copy_records_to_table("encryption_keys", records=keys, columns=columns)
     columns = ["tenant_id", "stream_id", "position", "stream_type_class", "is_encrypted", "encrypted_from_position", "encryption_key_id"]
     columns += ["encryption_algorithm", "created_at"]
@@ -193,7 +194,13 @@ async def seed(
 
 async def add_events(connection: Connection, tenant: str, stream: str, count: int, *, plain: bool = False, first: int = 1) -> None:
     """Events that nobody can open: enough for counting and deleting."""
-    columns = ["tenant_id", "stream_id", "stream_position", "message_id", "message_type", "data", "data_encrypted", "metadata"]
     body = (b"{}", None, {"key": "k", "timestamp": 0}) if plain else (None, secrets.token_bytes(100), None)
-    rows = [(tenant, stream, position, f"m{position}", "t", *body) for position in range(first, first + count)]
-    await connection.copy_records_to_table("messages", records=rows, columns=columns)
+    await connection.execute(
+        """INSERT INTO messages (tenant_id, stream_id, stream_position, message_id, message_type, data, data_encrypted, metadata)
+           SELECT $1, $2, n, 'm' || n, 't', $3, $4, $5 FROM generate_series($6::bigint, $7::bigint) n""",
+        tenant,
+        stream,
+        *body,
+        first,
+        first + count - 1,
+    )

@@ -1,5 +1,7 @@
 """The control plane on a real broker and database: one process of it per test, killed or stopped at the end."""
 
+# ruff: noqa: ASYNC110 (what is waited for happens in another process)
+
 import asyncio
 import json
 import urllib.request
@@ -14,10 +16,11 @@ from uuid import UUID, uuid4
 import pytest
 from confluent_kafka import KafkaException, Producer
 
-from sidecar.control import ControlRecord, Executor, Inbox
+from sidecar.control import Executor
 from sidecar.core.errors import BrokerUnavailable
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.view import guard_stripe
+from sidecar.inbox import ControlRecord, Inbox
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.client import client_config
 from sidecar.postgres import audit, commands, migrations
@@ -67,7 +70,11 @@ class World:
     async def add_view(self, topic: str, partitions: int, *, key_mode: str = "event", **match: list[str]) -> None:
         Admin(self.settings).create(topic, partitions, {})
         await self.database.execute(
-            "INSERT INTO views (name, topic, partitions, key_mode, definition) VALUES ($1, $1, $2, $3, $4)", topic, partitions, key_mode, {"match": match}
+            "INSERT INTO views (name, topic, partitions, key_mode, definition) VALUES ($1, $1, $2, $3, $4)",
+            topic,
+            partitions,
+            key_mode,
+            {"match": match},
         )
 
 
@@ -224,13 +231,13 @@ async def test_shred_of_a_tenant(world: World, unique: Callable[[str], str]) -> 
     topic_id = admin.describe([source])[source].topic_id
     source_id = await world.database.fetchval("INSERT INTO source_topics (topic, topic_id) VALUES ($1, $2) RETURNING source_id", source, topic_id)
     await world.database.execute("INSERT INTO source_topics (topic, topic_id) VALUES ($1, 'of a topic that was made again')", source)
-    kit_producer = Producer(client_config(world.settings))
-    for _ in range(3):
-        kit_producer.produce(source, b"x", partition=1)
-        kit_producer.produce(view, b"x", partition=0)
     await world.add_view(view, 2, tenants=["*"])
     await world.add_view(other, 1, tenants=["z*"])
-    kit_producer.flush(10)
+    producer = Producer(client_config(world.settings))
+    for _ in range(3):
+        producer.produce(source, b"x", partition=1)
+        producer.produce(view, b"x", partition=0)
+    producer.flush(10)
     with kit.control(world.config):
         receipt = await world.carry_out("shred", ACME)
         await world.finished(receipt["command_id"])
@@ -265,7 +272,9 @@ async def test_shred_of_a_tenant(world: World, unique: Callable[[str], str]) -> 
         "SELECT action, details FROM audit_log WHERE writer = $1 AND seq = $2", receipt["audit"]["writer"], receipt["audit"]["seq"]
     )
     assert (row["action"], row["details"]["command_id"]) == ("tenant.shred", receipt["command_id"])
-    assert [entry async for entry in audit.verify(world.database)] == [("control-0", await world.database.fetchval("SELECT max(seq) FROM audit_log"), None)]
+    assert [entry async for entry in audit.verify(world.database)] == [
+        ("control-0", await world.database.fetchval("SELECT max(seq) FROM audit_log"), None)
+    ]
 
 
 async def test_shred_of_a_stream_destroys_every_version_and_leaves_its_neighbour(world: World) -> None:
@@ -331,7 +340,9 @@ async def test_a_key_that_others_need_is_not_destroyed_and_the_sharers_are_named
 
 async def test_include_plain_deletes_plain_events_and_tombstones_their_view_records(world: World, unique: Callable[[str], str]) -> None:
     await kit.seed(world.database, "acme", {"a": "C"})
-    await world.database.execute("INSERT INTO streams (tenant_id, stream_id, stream_type_class, is_encrypted) VALUES ('acme', 'cart', 'CartData', false)")
+    await world.database.execute(
+        "INSERT INTO streams (tenant_id, stream_id, stream_type_class, is_encrypted) VALUES ('acme', 'cart', 'CartData', false)"
+    )
     await kit.add_events(world.database, "acme", "a", 4)
     await kit.add_events(world.database, "acme", "cart", 5003, plain=True)
     view, of_c = unique("view"), unique("of-c")
@@ -448,10 +459,12 @@ async def test_a_lost_lead_is_taken_again(world: World) -> None:
     """Every session of the control plane is cut; it comes back by itself and goes on."""
     await kit.seed(world.database, "acme", {"a": "C"})
     with kit.control(world.config) as process:
-        await world.database.fetch("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
+        await world.database.fetch(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
         assert (await world.carry_out("shred", ACME))["status"] == "inaccessible"
         assert process.process.poll() is None
-    assert Counter(r["status"] for r in await world.published(2)) == {"accepted": 1, "inaccessible": 1}
+        assert Counter(r["status"] for r in await world.published(2)) == {"accepted": 1, "inaccessible": 1}
 
 
 async def test_a_command_sent_before_the_first_start_is_carried_out(world: World) -> None:

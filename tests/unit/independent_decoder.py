@@ -8,6 +8,7 @@ import base64
 import hashlib
 import hmac
 import json
+from collections.abc import Callable
 from typing import Any
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -129,7 +130,7 @@ def open_chacha20_poly1305(key: bytes, nonce: bytes, sealed: bytes, aad: bytes) 
     return _xor(body, stream(1, len(body)))
 
 
-SUITES = {1: open_aes_gcm, 2: open_chacha20_poly1305, 3: open_aes_gcm_siv}
+SUITES: dict[int, Callable[[bytes, bytes, bytes, bytes], bytes]] = {1: open_aes_gcm, 2: open_chacha20_poly1305, 3: open_aes_gcm_siv}
 SCOPE_KINDS = ["stream", "class", "tenant", "subject"]
 
 
@@ -174,7 +175,7 @@ def data_aad(row: dict[str, Any], envelope: bytes) -> bytes:
 
 
 def open_envelope(envelope: bytes, dek: bytes, aad: bytes) -> bytes:
-    suite = read_header(envelope)["suite"]
+    suite: int = read_header(envelope)["suite"]
     return SUITES[suite](hkdf_expand(dek, "enc", bytes([suite])), envelope[25:37], envelope[37:], aad)
 
 

@@ -33,7 +33,7 @@ async def test_wrapped_key_comes_back_under_its_own_context_only(key_file: Path)
 async def test_missing_or_another_key_file_is_unavailable_and_never_erased(key_file: Path, tmp_path: Path) -> None:
     kms = FileKms(str(key_file))
     wrapped, version = await kms.wrap(b"payload", b"")
-    key_file.unlink()
+    key_file.unlink()  # noqa: ASYNC240
     with pytest.raises(KmsUnavailable):
         await kms.unwrap(wrapped, b"", version)
     with pytest.raises(KmsUnavailable):
@@ -43,7 +43,7 @@ async def test_missing_or_another_key_file_is_unavailable_and_never_erased(key_f
         await kms.unwrap(wrapped, b"", version)
 
 
-async def test_key_file_is_made_private_and_never_over_another(key_file: Path) -> None:
+def test_key_file_is_made_private_and_never_over_another(key_file: Path) -> None:
     assert key_file.stat().st_mode & 0o777 == 0o600
     assert key_file.parent.stat().st_mode & 0o077 == 0
     before = key_file.read_bytes()
@@ -53,7 +53,7 @@ async def test_key_file_is_made_private_and_never_over_another(key_file: Path) -
 
 
 async def test_key_file_that_others_may_read_is_refused(key_file: Path) -> None:
-    key_file.chmod(0o640)
+    os.chmod(key_file, 0o640)
     with pytest.raises(ConfigurationError, match="0640"):
         await FileKms(str(key_file)).check()
 
@@ -67,7 +67,7 @@ async def test_file_that_holds_no_key_is_refused(tmp_path: Path, content: bytes)
         await FileKms(str(path)).check()
 
 
-async def test_uri_names_the_file_but_not_the_folder(key_file: Path) -> None:
+def test_uri_names_the_file_but_not_the_folder(key_file: Path) -> None:
     assert FileKms(str(key_file)).uri == "file:kek"
     assert os.fspath(key_file.parent) not in FileKms(str(key_file)).uri
 

@@ -27,7 +27,7 @@ def load(name: str) -> Any:
     return json.loads((VECTORS / name).read_text())
 
 
-def named(vectors: list[Vector]) -> Any:
+def named(vectors: list[Vector]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("vector", vectors, ids=[v["name"].replace(" ", "-") for v in vectors])
 
 

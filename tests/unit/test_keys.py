@@ -1,5 +1,6 @@
 """Key lifecycle, wraps, commitments, and how long key bytes live."""
 
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -125,12 +126,12 @@ def test_unwrapped_bytes_do_not_outlive_a_refusal(monkeypatch: pytest.MonkeyPatc
     made: list[bytearray] = []
 
     class Kept(bytearray):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args)  # type: ignore[arg-type]
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
             made.append(self)
 
-        def __getitem__(self, at: object) -> object:  # slices are buffers of their own
-            piece = super().__getitem__(at)  # type: ignore[index]
+        def __getitem__(self, at: Any) -> Any:  # slices are buffers of their own
+            piece: Any = super().__getitem__(at)
             return Kept(piece) if isinstance(piece, bytearray) else piece
 
     kek = kek_of(SECRET, NAME)

@@ -66,9 +66,7 @@ def test_find_says_which_policy_it_was() -> None:
 globs = st.text("ab*?[]-", max_size=5)
 words = st.text("ab*[]-\n", max_size=5)
 rules = st.lists(
-    st.builds(
-        ClassRule, stream_class=st.sampled_from("XYZ"), topic=st.none() | globs, type=st.none() | globs, stream=st.none() | globs
-    ),
+    st.builds(ClassRule, stream_class=st.sampled_from("XYZ"), topic=st.none() | globs, type=st.none() | globs, stream=st.none() | globs),
     max_size=4,
 )
 

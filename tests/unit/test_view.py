@@ -14,12 +14,13 @@ from sidecar.core.extract import occurred_at
 from tests.unit import independent_decoder as second
 from tests.unit.samples import identifiers, kafka_headers, tenants
 
+Pairs = list[tuple[str, bytes | None]]
 timestamps = st.integers(-(2**63), 2**63 - 1)
 values = st.none() | st.binary(max_size=200)
 
 
 @given(values, timestamps, kafka_headers, st.booleans())
-def test_attributes_come_back_whatever_bytes_they_hold(key: bytes | None, timestamp: int, headers: list[tuple[str, bytes | None]], dead: bool) -> None:
+def test_attributes_come_back_whatever_bytes_they_hold(key: bytes | None, timestamp: int, headers: Pairs, dead: bool) -> None:
     raw = view.attributes(key, timestamp, headers, dead)
     assert view.parse_attributes(raw) == (key, timestamp, headers, dead)
     assert b"\\u0000" not in raw, "JSONB cannot hold NUL"
@@ -59,7 +60,7 @@ def test_frame_cut_inside_its_attributes_is_malformed() -> None:
 
 @given(kafka_headers, st.integers(0, 4 * 10**12), identifiers, identifiers, tenants, identifiers, st.integers(1, 2**63))
 def test_view_headers_are_ours_whatever_a_producer_forged(
-    headers: list[tuple[str, bytes | None]], timestamp: int, message_id: str, type_: str, tenant: str, stream: str, position: int
+    headers: Pairs, timestamp: int, message_id: str, type_: str, tenant: str, stream: str, position: int
 ) -> None:
     forged = [(name, b"forged") for name in view.OWN_HEADERS]
     out = view.view_headers(
@@ -101,7 +102,7 @@ def test_applications_own_source_and_time_are_kept() -> None:
 
 @given(st.integers(0, view.LAST_MS))
 def test_time_is_rfc3339_to_the_millisecond(timestamp: int) -> None:
-    moment = datetime.fromisoformat(view.rfc3339(timestamp))
+    moment = datetime.fromisoformat(view.rfc3339(timestamp).decode())
     assert moment == datetime.fromtimestamp(timestamp // 1000, UTC).replace(microsecond=timestamp % 1000 * 1000)
 
 
@@ -113,25 +114,25 @@ def test_no_timestamp_that_a_producer_can_write_stops_the_projection(timestamp: 
 
 @given(tenants, identifiers, st.integers(1, 2**40), st.none() | st.binary(max_size=9))
 def test_view_keys_by_mode(tenant: str, stream: str, position: int, source_key: bytes | None) -> None:
-    assert view.view_key("event", tenant, stream, position, source_key) == f"{tenant}/{stream}/{position}".encode()
-    assert view.view_key("stream", tenant, stream, position, source_key) == f"{tenant}/{stream}".encode()
-    assert view.view_key("source", tenant, stream, position, source_key) == source_key
+    assert view.view_key("event", f"{tenant}/{stream}", position, source_key) == f"{tenant}/{stream}/{position}".encode()
+    assert view.view_key("stream", f"{tenant}/{stream}", position, source_key) == f"{tenant}/{stream}".encode()
+    assert view.view_key("source", f"{tenant}/{stream}", position, source_key) == source_key
 
 
 @given(tenants, identifiers, tenants, identifiers)
 def test_event_keys_of_two_streams_never_meet(tenant: str, stream: str, other: str, place: str) -> None:
-    same = view.view_key("stream", tenant, stream, 1, None) == view.view_key("stream", other, place, 1, None)
+    same = view.view_key("stream", f"{tenant}/{stream}", 1, None) == view.view_key("stream", f"{other}/{place}", 1, None)
     assert same == ((tenant, stream) == (other, place))
 
 
 @given(tenants, identifiers, st.integers(1, 1000))
 def test_partition_is_a_checksum_so_every_process_finds_the_same(tenant: str, stream: str, partitions: int) -> None:
-    assert view.view_partition(tenant, stream, partitions) == crc32(f"{tenant}/{stream}".encode()) % partitions
+    assert view.view_partition(f"{tenant}/{stream}", partitions) == crc32(f"{tenant}/{stream}".encode()) % partitions
     assert 0 <= view.guard_stripe(tenant) < 256
 
 
 def test_partitions_and_stripes_of_a_release_are_those_of_the_next() -> None:
-    assert [view.view_partition("acme", f"s-{n}", 6) for n in range(8)] == [crc32(b"acme/s-%d" % n) % 6 for n in range(8)]
+    assert [view.view_partition(f"acme/s-{n}", 6) for n in range(8)] == [crc32(b"acme/s-%d" % n) % 6 for n in range(8)]
     assert (view.guard_stripe("acme"), view.guard_stripe("globex")) == (crc32(b"acme") % 256, crc32(b"globex") % 256)
 
 

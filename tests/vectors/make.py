@@ -68,7 +68,7 @@ def _event(suite: Suite, kind: ScopeKind, number: int, *, field: bool) -> dict[s
     version = (1, 2, 2**32 - 1)[number % 3]
     head = _header(name, suite, kind, version, framed=not field, field=field)
     dek = fixed(f"dek {name}")
-    row = {
+    row: dict[str, Any] = {
         "tenant": "acme",
         "stream": ("jane@acme.com", "a b", "x::y", "überweisung-7")[number % 4],
         "position": (1, 4711, 2**40)[number % 3],
@@ -126,8 +126,9 @@ def wraps() -> dict[str, Any]:
     deks, keks, by_file = [], [], []
     for number, kind in enumerate(ScopeKind):
         kek = keys.Kek("acme", 1 + number, 1, bytearray(fixed(f"kek {kind}")))
-        scope = Scope.of_tenant("acme") if kind is ScopeKind.TENANT else Scope(tenant="acme", kind=kind, id=("jane@acme.com", "UserPersonalData")[number % 2])
-        name = keys.KeyName(scope=scope, key_id=UUID(bytes=fixed(f"key id {kind}", 16)), version=(1, 2, 2**32 - 1)[number % 3], generation=1 + number)
+        scope_id = "acme" if kind is ScopeKind.TENANT else ("jane@acme.com", "UserPersonalData")[number % 2]
+        scope, key_id = Scope(tenant="acme", kind=kind, id=scope_id), UUID(bytes=fixed(f"key id {kind}", 16))
+        name = keys.KeyName(scope=scope, key_id=key_id, version=(1, 2, 2**32 - 1)[number % 3], generation=1 + number)
         dek, nonce = fixed(f"wrapped dek {kind}"), fixed(f"wrap nonce {kind}", 12)
         wrapped, committed = kek.wrap(dek, name, nonce)
         deks.append(
@@ -174,8 +175,14 @@ def _file_wrap(kek: keys.Kek) -> dict[str, Any]:
         path.write_bytes(content)
         with nonce_of(f"file kms {kek.tenant} {kek.generation} {kek.version}"):
             wrapped, version = asyncio.run(FileKms(str(path)).wrap(kek.payload(), aad))
-    name = f"KEK of {kek.tenant}, generation {kek.generation}, under a key file"
-    return {"name": name, "key_file": content.hex(), "plaintext": kek.payload().hex(), "aad": aad.hex(), "wrapped": wrapped.hex(), "key_version": version}
+    return {
+        "name": f"KEK of {kek.tenant}, generation {kek.generation}, under a key file",
+        "key_file": content.hex(),
+        "plaintext": kek.payload().hex(),
+        "aad": aad.hex(),
+        "wrapped": wrapped.hex(),
+        "key_version": version,
+    }
 
 
 def audit_chain() -> dict[str, Any]:

@@ -1,0 +1,136 @@
+{{/* Names and labels. */}}
+{{- define "sidecar.name" -}}
+{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 40 | trimSuffix "-" }}{{ else }}{{ printf "%s-%s" (.Release.Name | trunc 32 | trimSuffix "-") .Chart.Name }}{{ end }}
+{{- end }}
+
+{{- define "sidecar.selector" -}}
+app.kubernetes.io/name: {{ .root.Chart.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- define "sidecar.labels" -}}
+{{ include "sidecar.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end }}
+
+{{- define "sidecar.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+
+{{/* What every pod has. Service links would put SIDECAR_… variables into it, which are no settings. */}}
+{{- define "sidecar.pod" -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 10001
+  runAsGroup: 10001
+  fsGroup: 10001
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile: {type: RuntimeDefault}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* What every container has. */}}
+{{- define "sidecar.container" -}}
+image: {{ include "sidecar.image" . }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  runAsNonRoot: true
+  capabilities: {drop: [ALL]}
+{{- end }}
+
+{{/* Environment of a role (data, control, migrator): where its secrets lie. */}}
+{{- define "sidecar.env" -}}
+- {name: SIDECAR_CONFIG, value: /etc/sidecar/sidecar.yaml}
+- {name: SIDECAR_POSTGRES__DSN_{{ upper .role }}_FILE, value: /run/secrets/sidecar/dsn}
+{{- with .root.Values.secrets.kafka }}
+{{- if .password.name }}
+- {name: SIDECAR_KAFKA__SECURITY__PASSWORD_FILE, value: /run/secrets/sidecar/kafka-password}
+{{- end }}
+{{- if .ca.name }}
+- {name: SIDECAR_KAFKA__SECURITY__CA_FILE, value: /run/secrets/sidecar/kafka-ca.crt}
+{{- end }}
+{{- if .client.name }}
+- {name: SIDECAR_KAFKA__SECURITY__CERTIFICATE_FILE, value: /run/secrets/sidecar/kafka-client.crt}
+- {name: SIDECAR_KAFKA__SECURITY__KEY_FILE, value: /run/secrets/sidecar/kafka-client.key}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "sidecar.mounts" -}}
+- {name: config, mountPath: /etc/sidecar, readOnly: true}
+- {name: secrets, mountPath: /run/secrets/sidecar, readOnly: true}
+- {name: tmp, mountPath: /tmp}
+{{- end }}
+
+{{/* Volumes of a role; `config` is the name of its ConfigMap. */}}
+{{- define "sidecar.volumes" -}}
+- name: config
+  configMap: {name: {{ .config }}}
+- name: tmp
+  emptyDir: {sizeLimit: 64Mi}
+- name: secrets
+  projected:
+    defaultMode: 0440
+    sources:
+      {{- $dsn := index .root.Values.secrets.postgres .role }}
+      - secret: {name: {{ $dsn.name }}, items: [{key: {{ $dsn.key }}, path: dsn}]}
+      {{- with .root.Values.secrets.postgres.ca }}
+      {{- if .name }}
+      - secret: {name: {{ .name }}, items: [{key: {{ .key }}, path: postgres-ca.crt}]}
+      {{- end }}
+      {{- end }}
+      {{- with .root.Values.secrets.kafka }}
+      {{- if .password.name }}
+      - secret: {name: {{ .password.name }}, items: [{key: {{ .password.key }}, path: kafka-password}]}
+      {{- end }}
+      {{- if .ca.name }}
+      - secret: {name: {{ .ca.name }}, items: [{key: {{ .ca.key }}, path: kafka-ca.crt}]}
+      {{- end }}
+      {{- if .client.name }}
+      - secret: {name: {{ .client.name }}, items: [{key: {{ .client.certificate }}, path: kafka-client.crt}, {key: {{ .client.key }}, path: kafka-client.key}]}
+      {{- end }}
+      {{- end }}
+{{- end }}
+
+{{- define "sidecar.serving" -}}
+ports:
+  - {name: http, containerPort: {{ .Values.config.http.port }}}
+startupProbe:
+  httpGet: {path: /livez, port: http}
+  periodSeconds: 2
+  failureThreshold: 60
+livenessProbe:
+  httpGet: {path: /livez, port: http}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 6
+readinessProbe:
+  httpGet: {path: /readyz, port: http}
+  periodSeconds: 5
+  timeoutSeconds: 5
+{{- end }}
+
+{{- define "sidecar.placement" -}}
+{{- with .nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}

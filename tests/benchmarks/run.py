@@ -1,0 +1,88 @@
+"""`make bench`: what the product costs, as ratios of rounds that were interleaved in one run. Prints a table and JSON.
+
+    python tests/benchmarks/run.py [--events 60000] [--rounds 3] [--only throughput,streams,commands,memory] [--json FILE]
+
+Broker, database and this process share the machine: seconds mean little, ratios of one run something. Nothing here fails for being slow.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from sidecar.testing import local_stack
+from tests.benchmarks import throughput
+
+BOUNDS = {
+    "encrypted / plain": ">= 0.90",
+    "encrypted / bare loader": ">= 0.70",
+    "view / bare loader": ">= 0.40",
+    "plain / no policy and keys": ">= 0.95",
+    "new streams per second": ">= 4000",
+    "rotate p99 ms": "< 1000",
+    "shred p99 ms": "< 1000",
+    "shred of 100,000 streams ms": "< 1000",
+    "memory after a million streams MB": "< 250",
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--events", type=int, default=60_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--streams", type=int, default=40_000, help="new streams, one event each")
+    parser.add_argument("--memory-streams", type=int, default=1_000_000)
+    parser.add_argument("--only", default="throughput,streams,commands,memory")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+async def measure(options: argparse.Namespace, stack: local_stack.LocalStack) -> dict[str, Any]:
+    only = set(options.only.split(","))
+    figures: dict[str, Any] = {}
+    bench = throughput.Bench(stack.bootstrap_servers, stack.dsn, Path(stack.dir))
+    if "throughput" in only:
+        figures |= await throughput.ratios(bench, options.events, options.rounds)
+    if "streams" in only:
+        figures |= await throughput.new_streams(bench, options.streams, options.rounds)
+    if "commands" in only:
+        raise SystemExit("commands: not yet")
+    if "memory" in only:
+        figures |= await throughput.memory(bench, options.memory_streams)
+    return figures
+
+
+def show(figures: dict[str, Any]) -> None:
+    for name, figure in figures.items():
+        values = figure if isinstance(figure, list) else [figure]
+        middle = statistics.median(values)
+        spread = f"{min(values):.2f} .. {max(values):.2f}" if len(values) > 1 else ""
+        print(f"{name:42s} {middle:10.2f}   {spread:22s} {BOUNDS.get(name, '')}")
+
+
+def main() -> None:
+    options = arguments()
+    conditions = {"python": platform.python_version(), "cores": os.cpu_count(), "machine": platform.machine(), "event_bytes": 1024, "partitions": 4}
+    print("conditions", json.dumps(conditions))
+    with tempfile.TemporaryDirectory(prefix="sidecar-bench-") as folder:
+        stack = local_stack.up(Path(folder) / "stack", progress=lambda text: print(text, file=sys.stderr), owner_pid=os.getpid())
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                figures = runner.run(measure(options, stack))
+        finally:
+            local_stack.down(Path(folder) / "stack", wipe=True)
+    show(figures)
+    if options.json:
+        options.json.write_text(json.dumps({"conditions": conditions, "figures": figures, "bounds": BOUNDS}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
