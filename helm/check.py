@@ -1,8 +1,8 @@
 """What helm itself does not look at, in rendered documents.    python helm/check.py pods|config|misspell FILE
 
-    pods      every pod is restricted, as Kubernetes' Pod Security Standard has it, and probes what our planes answer
-    config    the rendered sidecar.yaml loads with `sidecar config check`, under the environment that each container gets
-    misspell  control: prints the documents with a misspelt probe setting, which a validator must notice
+pods      every pod is restricted, as Kubernetes' Pod Security Standard has it, and probes what our planes answer
+config    the rendered sidecar.yaml loads with `sidecar config check`, under the environment that each container gets
+misspell  control: prints the documents with a misspelt probe setting, which a validator must notice
 """
 
 import os

@@ -325,7 +325,10 @@ class Pipeline:
         self._voids += 1
 
     async def _claim_all(self, source: KafkaSource) -> None:
-        """Take the leases of assigned partitions and read on at the lower of their two cursors."""
+        """Take the leases of assigned partitions and read on at the lower of their two cursors.
+
+        What was fetched ahead is void with that, also of partitions that were in hand before: they are read again from where they stand.
+        """
         starts: dict[Partition, int] = {}
         claims = list(self._claims)
         for partition in claims:
@@ -338,7 +341,7 @@ class Pipeline:
                 self.owned[partition] = lease
         if starts:
             self._rewinds += 1
-            await source.start(starts)
+            await source.start({at: min(lease.staged, lease.projected) for at, lease in self.owned.items()} | starts)
 
     # ── seal ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -524,7 +527,7 @@ class Pipeline:
         """What is stored but may not be projected is read from the store, never taken from the source again; keys before any lock."""
         connection = self.ports.streams.store
         for at, (first, end) in work.replays.items():
-            lease = self.owned[at]
+            lease = work.ends[at][0]  # not `owned`: it may have been revoked meanwhile
             work.stored_rows += await connection.fetch(BY_SOURCE, lease.source_id, lease.partition, first, end)
             for row in await connection.fetch(_DEAD_BY_SOURCE, lease.source_id, lease.partition, first, end):
                 to = self.ports.settings.dead_letters.topic

@@ -39,7 +39,7 @@ imagePullSecrets:
 
 {{/* What every container has. */}}
 {{- define "sidecar.container" -}}
-image: {{ include "sidecar.image" . }}
+image: {{ include "sidecar.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 securityContext:
   allowPrivilegeEscalation: false
@@ -83,21 +83,21 @@ securityContext:
     defaultMode: 0440
     sources:
       {{- $dsn := index .root.Values.secrets.postgres .role }}
-      - secret: {name: {{ $dsn.name }}, items: [{key: {{ $dsn.key }}, path: dsn}]}
+      - secret: {name: {{ $dsn.name | quote }}, items: [{key: {{ $dsn.key | quote }}, path: dsn}]}
       {{- with .root.Values.secrets.postgres.ca }}
       {{- if .name }}
-      - secret: {name: {{ .name }}, items: [{key: {{ .key }}, path: postgres-ca.crt}]}
+      - secret: {name: {{ .name | quote }}, items: [{key: {{ .key | quote }}, path: postgres-ca.crt}]}
       {{- end }}
       {{- end }}
       {{- with .root.Values.secrets.kafka }}
       {{- if .password.name }}
-      - secret: {name: {{ .password.name }}, items: [{key: {{ .password.key }}, path: kafka-password}]}
+      - secret: {name: {{ .password.name | quote }}, items: [{key: {{ .password.key | quote }}, path: kafka-password}]}
       {{- end }}
       {{- if .ca.name }}
-      - secret: {name: {{ .ca.name }}, items: [{key: {{ .ca.key }}, path: kafka-ca.crt}]}
+      - secret: {name: {{ .ca.name | quote }}, items: [{key: {{ .ca.key | quote }}, path: kafka-ca.crt}]}
       {{- end }}
       {{- if .client.name }}
-      - secret: {name: {{ .client.name }}, items: [{key: {{ .client.certificate }}, path: kafka-client.crt}, {key: {{ .client.key }}, path: kafka-client.key}]}
+      - secret: {name: {{ .client.name | quote }}, items: [{key: {{ .client.certificate | quote }}, path: kafka-client.crt}, {key: {{ .client.key | quote }}, path: kafka-client.key}]}
       {{- end }}
       {{- end }}
 {{- end }}

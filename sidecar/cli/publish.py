@@ -50,7 +50,7 @@ def subscribe(
 def _shown(record: Any) -> dict[str, Any]:
     value = record.value()
     text = None if value is None else value.decode("utf-8", "replace")
-    exact = value is None or text is not None and text.encode() == value
+    exact = value is None or (text is not None and text.encode() == value)
     body = {"value": text} if exact else {"value_base64": base64.b64encode(value).decode()}
     key = record.key()
     headers = {name: None if raw is None else raw.decode("utf-8", "replace") for name, raw in record.headers() or []}

@@ -10,7 +10,7 @@ The value is read for that, never changed.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,6 +21,7 @@ from sidecar.core.model import identifier, tenant_id
 from sidecar.core.view import LAST_MS
 
 STRUCTURED = b"application/cloudevents+json"
+_EPOCH, _MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +190,7 @@ def occurred_at(headers: Mapping[str, bytes | None], timestamp_ms: int) -> int:
             moment = datetime.fromisoformat(raw.decode("ascii"))
             if moment.tzinfo is not None:
                 # an offset can move it out of the calendar: Postgres would take it, and no reader could read the row
-                return round(moment.astimezone(UTC).timestamp() * 1_000_000)
+                return (moment.astimezone(UTC) - _EPOCH) // _MICROSECOND
         except (ValueError, OverflowError):
             pass
     return min(max(timestamp_ms, 0), LAST_MS) * 1000  # a producer may write any number, Postgres and Python end somewhere

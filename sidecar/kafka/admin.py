@@ -1,5 +1,7 @@
 """Topics, offsets and fencing, asked of the broker. Calls block: run them with `asyncio.to_thread`."""
 
+import time
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +70,7 @@ class Admin:
         return out
 
     def create(self, topic: str, partitions: int, config: Mapping[str, str]) -> bool:
-        """True if it was made, False if it was there."""
+        """True if it was made, False if it was there. Returns when a broker can be asked about it: that it was made is known earlier."""
         new = NewTopic(topic, num_partitions=partitions, replication_factor=-1, config=dict(config))
         try:
             self._client.create_topics([new], request_timeout=TIMEOUT_SECONDS)[topic].result()
@@ -76,6 +78,9 @@ class Admin:
             if error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:
                 return False
             raise translate(error.args[0]) from None
+        until = time.monotonic() + TIMEOUT_SECONDS
+        while topic not in self.describe([topic]) and time.monotonic() < until:
+            time.sleep(0.02)  # the controller has it; the broker that answers us hears of it a moment later
         return True
 
     def topic_config(self, topic: str) -> dict[str, str]:

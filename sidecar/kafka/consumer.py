@@ -165,12 +165,14 @@ class KafkaSource:
                 self._check(error)
 
     async def start(self, offsets: Mapping[Partition, int]) -> None:
-        """Read these partitions from these offsets on; what was fetched before is void."""
+        """Read these partitions from these offsets on; what was fetched before is void, of whatever partition: name all that are read."""
         await self._call(self._start, dict(offsets))
 
     def _start(self, offsets: dict[Partition, int]) -> None:
         self._rewinds += 1
         self._waiting.clear()
+        with mapped():  # `_seek` may poll: nothing must arrive between two seeks
+            self._consumer.pause(self._consumer.assignment())
         for (topic, partition), offset in offsets.items():
             self._seek(TopicPartition(topic, partition, offset))
         with mapped():

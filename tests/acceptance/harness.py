@@ -118,6 +118,7 @@ class World:
         self.expected: dict[Stream, list[str]] = {}
         self.ends: dict[tuple[str, int], int] = {}
         self._number = 0
+        self._client = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
 
     async def prepare(self) -> None:
         """The source topic and a migrated database; the rest `run` makes itself in development."""
@@ -196,9 +197,8 @@ class World:
 
     def committed(self) -> dict[tuple[str, int], int]:
         """The group's committed offsets."""
-        client = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
         group = ConsumerGroupTopicPartitions(self.settings.group_id)
-        found = client.list_consumer_group_offsets([group], request_timeout=10)[self.settings.group_id].result()
+        found = self._client.list_consumer_group_offsets([group], request_timeout=10)[self.settings.group_id].result()
         return {(tp.topic, tp.partition): tp.offset for tp in found.topic_partitions or []}
 
     async def settled(self, seconds: float = 60) -> None:

@@ -140,7 +140,7 @@ def test_the_applications_source_and_time_are_kept(shared: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "moment", [b"0001-01-01T00:00:00+14:00", b"9999-12-31T23:59:59-14:00", b"yesterday", b"2020-01-01T00:00:00", b"\xff", b"", b"2020-13-01T00:00:00Z"]
+    "moment", [b"0001-01-01T00:00:00+14:00", b"9999-12-31T23:59:59-14:00", b"9999-12-31T23:59:59.9999999Z", b"yesterday", b"2020-01-01T00:00:00", b"\xff", b"", b"2020-13-01T00:00:00Z"]
 )
 def test_a_time_that_no_calendar_holds_does_no_harm(shared: World, moment: bytes) -> None:
     both_ways(shared, [b"v"], headers=[("ce_time", moment)])

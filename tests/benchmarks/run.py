@@ -19,7 +19,7 @@ from typing import Any
 import uvloop
 
 from sidecar.testing import local_stack
-from tests.benchmarks import throughput
+from tests.benchmarks import commands, throughput
 
 BOUNDS = {
     "encrypted / plain": ">= 0.90",
@@ -40,6 +40,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, default=40_000, help="new streams, one event each")
     parser.add_argument("--memory-streams", type=int, default=1_000_000)
+    parser.add_argument("--shreds", type=int, default=200, help="small tenants to shred, and streams to rotate, under load")
+    parser.add_argument("--large", type=int, default=100_000, help="streams of the one large tenant")
     parser.add_argument("--only", default="throughput,streams,commands,memory")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -54,7 +56,7 @@ async def measure(options: argparse.Namespace, stack: local_stack.LocalStack) ->
     if "streams" in only:
         figures |= await throughput.new_streams(bench, options.streams, options.rounds)
     if "commands" in only:
-        raise SystemExit("commands: not yet")
+        figures |= await commands.latencies(bench, options.shreds, options.large)
     if "memory" in only:
         figures |= await throughput.memory(bench, options.memory_streams)
     return figures

@@ -200,19 +200,9 @@ async def ratios(bench: Bench, count: int, rounds: int) -> dict[str, Any]:
     }
 
 
-async def new_streams(bench: Bench, count: int, rounds: int) -> dict[str, Any]:
-    """One event and a new DEK each."""
-    topic = bench.topic(count, streams=count, prefix="new")
-    rates = [await product(bench, topic, count, encrypt=True) for _ in range(rounds)]
-    return {"new streams per second": rates}
-
-
-async def memory(bench: Bench, count: int) -> dict[str, Any]:
-    """Resident memory of a data plane in a process of its own after it has seen that many streams."""
-    dsn = await bench.database()
-    topic = bench.topic(count, streams=count, prefix="new")
-    settings = bench.settings(topic, dsn, policies={"install": [{"class": "Bench", "encrypt": True}]})
-    config = bench.folder / "memory.yaml"
+def config_file(bench: Bench, settings: Settings, dsn: str, topic: str, **more: Any) -> Path:
+    """The same settings for a process of its own."""
+    file = bench.folder / f"{settings.deployment}.yaml"
     document = {
         "deployment": settings.deployment,
         "kafka": {"bootstrap_servers": bench.bootstrap},
@@ -223,7 +213,27 @@ async def memory(bench: Bench, count: int) -> dict[str, Any]:
         "dead_letters": settings.dead_letters.model_dump(),
         "http": {"port": 0},
     }
-    config.write_text(json.dumps(document))
+    file.write_text(json.dumps(document | more))
+    return file
+
+
+async def new_streams(bench: Bench, count: int, rounds: int) -> dict[str, Any]:
+    """One event and a new DEK each."""
+    topic = bench.topic(count, streams=count, prefix="new")
+    rates = [await product(bench, topic, count, encrypt=True) for _ in range(rounds)]
+    return {"new streams per second": rates}
+
+
+def _resident_pages(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+
+
+async def memory(bench: Bench, count: int) -> dict[str, Any]:
+    """Resident memory of a data plane in a process of its own after it has seen that many streams."""
+    dsn = await bench.database()
+    topic = bench.topic(count, streams=count, prefix="new")
+    settings = bench.settings(topic, dsn, policies={"install": [{"class": "Bench", "encrypt": True}]})
+    config = config_file(bench, settings, dsn, topic)
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "sidecar", "--config", str(config), "run", "--instance-id", "memory", stderr=asyncio.subprocess.DEVNULL
     )
@@ -234,7 +244,7 @@ async def memory(bench: Bench, count: int) -> dict[str, Any]:
             while stored < count and process.returncode is None:
                 await asyncio.sleep(0.5)
                 stored = await connection.fetchval("SELECT coalesce(sum(next_offset), 0)::bigint FROM partition_leases")
-                pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+                pages = _resident_pages(process.pid)
                 peak = max(peak, pages * os.sysconf("SC_PAGESIZE") / 2**20)
             streams = await connection.fetchval("SELECT count(*) FROM streams")
     finally:

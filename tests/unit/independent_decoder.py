@@ -160,7 +160,7 @@ def read_header(envelope: bytes) -> dict[str, Any]:
 
 
 def event_aad(row: dict[str, Any], envelope: bytes) -> bytes:
-    return (
+    aad: bytes = (
         length_prefixed(b"ks/event/v1", row["tenant"].encode(), row["stream"].encode())
         + row["position"].to_bytes(8, "big")
         + length_prefixed(row["message_id"].encode(), row["type"].encode())
@@ -168,6 +168,7 @@ def event_aad(row: dict[str, Any], envelope: bytes) -> bytes:
         + length_prefixed(row["field_path"].encode())
         + envelope[0:25]
     )
+    return aad
 
 
 def data_aad(row: dict[str, Any], envelope: bytes) -> bytes:
@@ -188,7 +189,7 @@ def attribute_bytes(value: Any) -> bytes | None:
     """Strings are UTF-8; what is no UTF-8, or holds NUL, stands as {"b64": standard base64}."""
     if value is None:
         return None
-    return base64.b64decode(value["b64"]) if isinstance(value, dict) else value.encode()
+    return base64.b64decode(value["b64"]) if isinstance(value, dict) else str(value).encode()
 
 
 # ---- keys -------------------------------------------------------------------------------------------------------------
