@@ -92,7 +92,6 @@ class Subscriber:
             for message in self._consumer.consume(2000, 0.5):
                 error = message.error()
                 if error is None:
-                    left.discard(-1)
                     yield message
                 elif error.code() == KafkaError._PARTITION_EOF:
                     left.discard(message.partition() or 0)
@@ -104,12 +103,13 @@ class Subscriber:
         for message in self._consumer.consume(2000, 0.05):
             error = message.error()
             if error is None:
-                self._take(message)
+                self.take(message)
             elif error.code() != KafkaError._PARTITION_EOF and not error.retriable():
                 raise KafkaException(error)
         return len(self.seen)
 
-    def _take(self, message: Message) -> None:
+    def take(self, message: Message) -> None:
+        """Count it; a notice is no event."""
         headers = header_texts(message)
         if headers["ce_type"] == ERASED:
             self.notices.append((message.partition() or 0, json.loads(message.value() or b"{}")))
@@ -128,8 +128,8 @@ def header_texts(message: Message) -> dict[str, str]:
 
 def make_topic(bootstrap: str, topic: str, partitions: int) -> None:
     """The source topic belongs to the application, so the application makes it."""
-    made = AdminClient({"bootstrap.servers": bootstrap, "log_level": 2}).create_topics([NewTopic(topic, partitions, 1)])
-    made[topic].result(30)
+    client = AdminClient({"bootstrap.servers": bootstrap, "log_level": 2})
+    client.create_topics([NewTopic(topic, partitions, 1)])[topic].result(30)
 
 
 def journal(bootstrap: str, topic: str) -> list[tuple[int, Any]]:
@@ -137,5 +137,16 @@ def journal(bootstrap: str, topic: str) -> list[tuple[int, Any]]:
     reader = Subscriber(bootstrap, topic)
     try:
         return [(message.timestamp()[1], json.loads(message.value() or b"null")) for message in reader.read()]
+    finally:
+        reader.close()
+
+
+def event_ids(bootstrap: str, topic: str) -> Counter[str]:
+    """How often each event stands in a topic as it is now, to a reader of committed records."""
+    reader = Subscriber(bootstrap, topic)
+    try:
+        for message in reader.read():
+            reader.take(message)
+        return reader.seen
     finally:
         reader.close()

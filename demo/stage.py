@@ -140,9 +140,7 @@ class Stage:
     def _popen(self, arguments: tuple[str, ...], **streams: Any) -> subprocess.Popen[bytes]:
         environment = os.environ | {"SIDECAR_CONFIG": str(self.dir / "sidecar.yaml"), "SIDECAR_HTTP__PORT": "0"}
         command = [sys.executable, "-m", "sidecar", *arguments]
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True, preexec_fn=self._die_with_us, **streams
-        )
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True, preexec_fn=self._die_with_us, **streams)
 
     def _die_with_us(self) -> None:
         """In the child: if the demo is killed with -9, the kernel ends it too."""

@@ -210,9 +210,7 @@ async def prepare(settings: Settings, admin: Admin) -> tuple[Views, int]:
             f"the topic {settings.dead_letters.topic} does not exist", where="dead_letters.topic", mend="run `sidecar topics apply`"
         )
     async with connected(dsn) as connection:
-        if settings.profile == "development":
-            await migrations.migrate(connection)
-        await migrations.check(connection)
+        await migrations.check_or_migrate(connection, may_migrate=settings.profile == "development")
         recorded = await topics.record_views(connection, settings, {name: info.partitions for name, info in found.items()})
         await policies.apply(connection, settings.policies.install, actor="sidecar.yaml", now=datetime.now(UTC), only_new=True)
     return Views(recorded), found[settings.dead_letters.topic].partitions

@@ -218,7 +218,7 @@ class ControlPlane:
         dsn = self._settings.postgres.for_role("control")
         connection = await connect(dsn, application_name="sidecar control start")
         try:
-            await migrations.check(connection)
+            await migrations.check_or_migrate(connection, may_migrate=self._settings.profile == "development")
             await refuse_transaction_pooling(connection)
         finally:
             await connection.close()

@@ -60,13 +60,12 @@ class Ciphers:
         wanted -= self._known.keys()
         if not wanted:
             return
-        tenants, kek_rows = await self._store.tenants(sorted({w[0] for w in wanted}))
-        states = {row["tenant_id"]: row for row in tenants}
+        states: dict[str, Any] = {}
         keks: dict[str, dict[int, Kek]] = {}
-        for record in kek_rows:
-            kek = await self._keys.open_kek(kek_row(record))
-            if record["generation"] == states[record["tenant_id"]]["generation"]:
-                keks.setdefault(record["tenant_id"], {})[record["kek_version"]] = kek
+        for row in await self._store.tenants(sorted({w[0] for w in wanted})):
+            states[row["tenant_id"]] = row
+            if row["kek_version"] is not None and row["state"] == TenantState.ACTIVE:
+                keks.setdefault(row["tenant_id"], {})[row["kek_version"]] = await self._keys.open_kek(kek_row(row))
         rows_of = {(r["tenant_id"], r["key_id"], r["key_version"]): r for r in await self._store.keys({w[:3] for w in wanted})}
         for key in wanted:
             self._known[key] = self._cipher(states.get(key[0]), rows_of.get(key[:3]), keks.get(key[0], {}), key[3])

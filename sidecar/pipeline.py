@@ -14,13 +14,13 @@ from typing import Any, cast
 
 from sidecar import telemetry
 from sidecar.core.aead import Suite, lp, u32
-from sidecar.core.envelope import NO_FIELD, Header, Sealer, data_aad, event_aad, seal
+from sidecar.core.envelope import NO_FIELD, Header, Sealer, dead_letter_aad, event_aad, seal
 from sidecar.core.errors import Conflict, KeyShredded, KeyUnavailable, MalformedRecord, RecordError, SidecarError, Unavailable
 from sidecar.core.extract import Extractor, occurred_at
 from sidecar.core.keys import TenantState
 from sidecar.core.model import Headers, Scope, ScopeKind
 from sidecar.core.policy import Classifier, PolicySet
-from sidecar.core.streams import Fresh, Tenant, Touch
+from sidecar.core.streams import Fresh, Stream, Tenant, Touch
 from sidecar.core.view import attributes, frame, guard_stripe
 from sidecar.event_store import BY_SOURCE, Ciphers, open_row
 from sidecar.kafka.client import ProducerFenced
@@ -101,6 +101,9 @@ class Work:
     stored_rows: list[Any] = field(default_factory=list)
     ciphers: Ciphers | None = None
     heads: dict[tuple[str, str], int] = field(default_factory=dict)
+    undo: dict[Stream, int] = field(default_factory=dict)
+    """Heads as they were before this batch."""
+    voided: bool = False
     flush: bool = False
     sealed: int = 0
     policy_version: int = 0
@@ -250,8 +253,13 @@ class Pipeline:
                 redo = again
 
     def _void(self, work: Work) -> None:
-        """Drop what a batch had staged: heads, keys that were not stored, cursors."""
-        self.ports.streams.discard(work.tenants)
+        """Take back what a batch had staged: heads, cursors, and whole tenants of which it had made something new. Newest batch first."""
+        if work.voided:
+            return
+        work.voided = True
+        self.ports.streams.discard(work.fresh.touched())
+        for stream, head in work.undo.items():
+            stream.head = head
         for lease, _ in work.ends.values():
             lease.staged = lease.stored
 
@@ -379,10 +387,10 @@ class Pipeline:
                     work.replays.setdefault(at, [offset, 0])[1] = offset + 1
                 continue
             extractor = extractors.get(topic) or extractors.setdefault(topic, self.ports.extractor_of(topic))
-            headers: Headers = message.headers() or ()
             value, key = message.value(), message.key()
             tenant: str | None = None
             try:
+                headers: Headers = message.headers() or ()
                 if len(headers) > max_headers:
                     raise MalformedRecord("too many headers", reason="too_many_headers")
                 by_name = dict(headers)
@@ -398,6 +406,9 @@ class Pipeline:
                 timestamp_ms = message.timestamp()[1]
             except RecordError as error:
                 work.faulty.append(Faulty(lease, offset, error.reason, tenant, value, projected))
+                continue
+            except (SystemError, UnicodeDecodeError):  # a header's name is no UTF-8: confluent_kafka cannot say it
+                work.faulty.append(Faulty(lease, offset, MalformedRecord.reason, None, value, projected))
                 continue
             occurred_us = occurred_at(by_name, timestamp_ms)
             items.append(
@@ -465,8 +476,8 @@ class Pipeline:
             work.tenants[tenant.id] = tenant
             key = await self.ports.streams.shared_key(Scope.of_tenant(tenant.id), tenant, Suite.AES_256_GCM, work.fresh)
             prefix = Header(suite=key.suite, scope_kind=ScopeKind.TENANT, key_id=key.key_id, key_version=key.version, framed=False).prefix()
-            at = f"dead-letter:{fault.lease.source_id}/{fault.lease.partition}/{fault.offset}"
-            sealed = seal(key.cipher, prefix, data_aad(tenant.id, at, prefix), fault.value)
+            aad = dead_letter_aad(tenant.id, fault.lease.source_id, fault.lease.partition, fault.offset, prefix)
+            sealed = seal(key.cipher, prefix, aad, fault.value)
         lease = fault.lease
         work.dead_letters.append(
             DeadLetter(
@@ -490,7 +501,7 @@ class Pipeline:
     async def _seal(self, work: Work) -> None:
         """Positions, envelopes, rows and view records, in the order of the records."""
         streams, views, sealer = self.ports.streams, self.ports.views, Sealer(len(work.items))
-        tenants, add, heads = streams.tenants, work.rows.add, work.heads
+        tenants, add, heads, undo = streams.tenants, work.rows.add, work.heads, work.undo
         self._batches += 1
         work.flush = self._batches % FLUSH_EVERY_BATCHES == 0
         note_heads = work.flush or bool(work.fresh.streams)
@@ -503,6 +514,8 @@ class Pipeline:
             if stream is None or refusal is not None:
                 work.refusals.append(Refusal(lease.source_id, lease.partition, item.offset, tenant.id, refusal or "policy_refuse"))
                 continue
+            if stream not in undo:
+                undo[stream] = stream.head
             stream.head = position = stream.head + 1
             if note_heads:
                 heads[tenant.id, stream.id] = position

@@ -56,7 +56,7 @@ class Streams:
 
     async def load_tenants(self, names: list[str]) -> None:
         """Read tenants that are not in hand; one that Postgres does not know is made by this batch."""
-        rows, keks = await self.store.tenants(names)
+        rows = await self.store.tenants(names)
         found = {row["tenant_id"]: row for row in rows}
         for name in names:
             row, raw = found.get(name), name.encode()
@@ -70,9 +70,9 @@ class Streams:
                 epoch=row["epoch"] if row else 1,
                 erased_classes=frozenset(row["erased_classes"] if row else ()),
             )
-        for record in keks:
-            tenant = self.tenants[record["tenant_id"].encode()]
-            if record["generation"] == tenant.generation and tenant.state == TenantState.ACTIVE:
+        for record in rows:
+            if record["kek_version"] is not None and record["state"] == TenantState.ACTIVE:
+                tenant = self.tenants[record["tenant_id"].encode()]
                 tenant.keks[record["kek_version"]] = await self._keys.open_kek(kek_row(record))
 
     async def load_streams(self, touches: list[Touch], policies: PolicySet, fresh: Fresh) -> None:

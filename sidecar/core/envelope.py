@@ -38,6 +38,7 @@ _KNOWN_FLAGS = 0b1111
 _PREFIX = struct.Struct(">2sBBB16sI")
 EVENT_DOMAIN = b"ks/event/v1"
 DATA_DOMAIN = b"ks/data/v1"
+DEAD_LETTER_DOMAIN = b"ks/dead-letter/v1"
 NO_FIELD = lp(b"")
 
 
@@ -90,6 +91,11 @@ def event_aad(of_stream: bytes, position: int, message_id_lp: bytes, type_lp: by
 def data_aad(tenant: str, stream: str, prefix: bytes) -> bytes:
     """The associated data of text that stands outside the store."""
     return lp(DATA_DOMAIN, tenant.encode(), stream.encode()) + prefix
+
+
+def dead_letter_aad(tenant: str, source_id: int, partition: int, offset: int, prefix: bytes) -> bytes:
+    """The associated data of a dead letter's value: its tenant and where in Kafka it stands."""
+    return lp(DEAD_LETTER_DOMAIN, tenant.encode(), u32(source_id), u32(partition), u64(offset)) + prefix
 
 
 class Sealer:

@@ -74,6 +74,11 @@ class Fresh:
     history: list[tuple[str, str, UUID, int, int]] = field(default_factory=list)
     """tenant, stream, key id, version, first position."""
 
+    def touched(self) -> set[str]:
+        """The tenants of which something is new."""
+        named = [row.tenant for row in self.keks] + [row.name.scope.tenant for row in self.deks] + [row[0] for row in self.history]
+        return {*self.tenants, *named, *(tenant for tenant, _ in (*self.streams, *self.turned))}
+
 
 @dataclass(frozen=True, slots=True)
 class Touch:

@@ -10,12 +10,14 @@ from sidecar.core.policy import Policy, PolicySet, Unmatched
 from sidecar.postgres.connection import Connection, Pool
 from sidecar.postgres.errors import mapped
 
+# One statement, so one snapshot: a tenant shredded between two would look active and have no key.
 _TENANTS = """
 SELECT t.tenant_id, t.state, t.generation, t.epoch,
-  ARRAY(SELECT e.scope_id FROM erased_scopes e WHERE e.tenant_id = t.tenant_id AND e.scope_kind = 'class' AND e.readmitted_at IS NULL) AS erased_classes
-FROM tenants t WHERE t.tenant_id = ANY ($1)"""
-
-_KEKS = "SELECT * FROM tenant_keys WHERE tenant_id = ANY ($1) AND state <> 'destroyed'"
+  ARRAY(SELECT e.scope_id FROM erased_scopes e
+        WHERE e.tenant_id = t.tenant_id AND e.scope_kind = 'class' AND e.readmitted_at IS NULL) AS erased_classes,
+  k.kek_version, k.kms_uri, k.kms_key_version, k.wrapped, k.fingerprint
+FROM tenants t LEFT JOIN tenant_keys k ON k.tenant_id = t.tenant_id AND k.generation = t.generation AND k.state <> 'destroyed'
+WHERE t.tenant_id = ANY ($1)"""
 
 # The head is messages' primary key, the truth; streams.position is a hint that may lag but never leads.
 _STREAMS = """
@@ -51,10 +53,9 @@ class KeyStore:
             async with self._pool.acquire() as connection:
                 return await connection.fetch(sql, *arguments)
 
-    async def tenants(self, ids: Sequence[str]) -> tuple[list[Any], list[Any]]:
-        """-> rows of tenants with erased classes, rows of their KEKs that are not destroyed. Both of one snapshot or a later
-        one of the KEKs: the epoch check of the batch finds what changed in between."""
-        return await self.fetch(_TENANTS, ids), await self.fetch(_KEKS, ids)
+    async def tenants(self, ids: Sequence[str]) -> list[Any]:
+        """A row per tenant and KEK of its generation that is not destroyed; a tenant without one has a row with kek_version NULL."""
+        return await self.fetch(_TENANTS, ids)
 
     async def streams(self, wanted: Sequence[tuple[str, str]]) -> list[Any]:
         return await self.fetch(_STREAMS, [t for t, _ in wanted], [s for _, s in wanted])

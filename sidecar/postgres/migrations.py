@@ -73,6 +73,13 @@ async def check(connection: Connection) -> None:
             raise ConfigurationError(f"migration {row['name']} is {row['state']}", where="the database", mend=mend)
 
 
+async def check_or_migrate(connection: Connection, *, may_migrate: bool) -> None:
+    """What a plane does at its start: `check`; a development profile first applies what is pending."""
+    if may_migrate and any(row["state"] == "pending" for row in await status(connection)):
+        await migrate(connection)
+    await check(connection)
+
+
 async def migrate(connection: Connection) -> list[str]:
     """Apply what is pending, each in a transaction of its own; answers the names. Safe to run from many places at once."""
     with mapped():

@@ -27,6 +27,7 @@ from sidecar.kafka.client import client_config
 from sidecar.keys import KeyManagement
 from sidecar.kms import open_kms
 from sidecar.kms.file import create_key_file
+from sidecar.postgres import migrations
 from sidecar.postgres.connection import connect, open_pool
 from sidecar.settings import Settings, load
 from sidecar.testing import control_plane as kit
@@ -259,6 +260,13 @@ class World:
     def value(self, query: str, *arguments: Any) -> Any:
         return self.sql(query, *arguments)[0][0]
 
+    async def migrate(self) -> None:
+        connection = await connect(self.dsn)
+        try:
+            await migrations.migrate(connection)
+        finally:
+            await connection.close()
+
     # what a reader sees
 
     def events(self, tenant: str, *, stream: str | None = None, stream_class: str | None = None) -> list[dict[str, Any]]:
@@ -322,6 +330,7 @@ def build(stack: LocalStack, dsn: str, folder: Path, name: str, *, extra_sources
     }
     config = kit.write_config(folder, document | changes)
     world = World(stack, folder, name, config, load(config))
+    blocking(world.migrate)
     for source in world.settings.sources:
         if not set(source.topic) & set("*?["):
             world.create(source.topic, 2, max_message_bytes=str(12 * 2**20))
