@@ -29,7 +29,7 @@ test: $(READY) maven    ## every test; one of them: make test TESTS=tests/unit A
 	@exec $(BIN)/pytest -n $(or $(WORKERS),3) --dist loadscope -q -ra $(ARGS) $(or $(TESTS),tests)
 
 bench: $(READY) maven   ## speed and memory, as ratios to a bare loader in the same run
-	@exec $(BIN)/python tests/benchmarks/run.py $(ARGS)
+	@exec $(BIN)/python -m tests.benchmarks.run $(ARGS)
 
 lint: $(READY)   ## ruff, mypy, direction of imports
 	$(BIN)/ruff check .
@@ -66,6 +66,6 @@ lock:            ## renew both locks, with uv in a throw-away environment
 	sed -n 's/^jdk = \["\(.*\)"\]/\1/p' pyproject.toml | "$$tmp/bin/uv" $(COMPILE) - -o requirements-jdk.lock
 
 clean:           ## stop the local stack of this tree; remove everything that was made here
-	@if [ -x $(BIN)/python ] && [ -d .sidecar-dev ]; then $(BIN)/python -m sidecar.testing.local_stack down .sidecar-dev; fi
+	@if [ -x $(BIN)/python ]; then for dir in .sidecar-dev .sidecar-dev/demo; do $(BIN)/python -m sidecar.testing.local_stack down $$dir; done; fi
 	@find . -path ./.git -prune -o -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
 	@rm -rf .venv .sidecar-dev .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist

@@ -42,7 +42,7 @@ def dissect(envelope: bytes) -> list[tuple[str, str]]:
         (magic.hex(), f"magic {magic.decode()!r}"),
         (f"{version:02x}", f"format {version}"),
         (f"{suite:02x}", f"suite: {SUITES.get(suite, '?')}"),
-        (f"{flags:02x}", "flags: the key is of a stream, value and headers sealed together"),
+        (f"{flags:02x}", "flags: stream key, headers sealed too"),
         (key_id.hex(), f"key {str(UUID(bytes=key_id))[:8]}…"),
         (f"{key_version:08x}", f"key version {key_version}"),
         (nonce.hex(), "nonce"),

@@ -22,6 +22,9 @@ from sidecar.testing.local_stack import LocalStack
 WIDTH = 66
 MADE = ("sidecar.yaml", "keys", "policies.yaml", "receipt.json", "data-plane.log", "control-plane.log", "demo.log")
 """The files of an earlier run, which a new one removes; nothing else in the directory is touched."""
+LOCK = "demo.lock"
+HALF_MADE = ("lock", "stack.new", "watcher.log")
+"""What the local stack leaves if the signal comes before it wrote down that it exists."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 
@@ -48,7 +51,7 @@ class Stage:
         self.number, self.title = 0, "prepare"
         self.stack: LocalStack | None = None
         self.children: list[subprocess.Popen[bytes]] = []
-        self._shielded = False
+        self._shielded = self._closing = False
         self._signal = 0
         self._began = self._step_began = time.monotonic()
         self._lock: Any = None
@@ -153,7 +156,7 @@ class Stage:
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
         self.dir.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.dir.parent / f".{self.dir.name}.lock").open("a")
+        self._lock = (self.dir / LOCK).open("a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -162,11 +165,11 @@ class Stage:
             raise SystemExit(f"another demo runs in {self.dir}; give this one a --dir of its own") from None
         local_stack.down(self.dir, wipe=True)
         self.dir.mkdir(parents=True, exist_ok=True)
-        for name in MADE:
-            shutil.rmtree(self.dir / name) if (self.dir / name).is_dir() else (self.dir / name).unlink(missing_ok=True)
+        self._remove_made()
         return self
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> bool:
+        self._closing = self._shielded = True
         for number in SIGNALS:  # a second Ctrl-C changes nothing: we are on our way, and quick
             signal.signal(number, signal.SIG_IGN)
         if isinstance(error, KeyboardInterrupt) or (error is not None and self._signal):
@@ -188,12 +191,17 @@ class Stage:
             self.end(child, signal.SIGKILL)
         local_stack.down(self.dir, wipe=True, keep_logs=keep_logs)
         if not keep_logs:
-            for name in MADE:
-                shutil.rmtree(self.dir / name) if (self.dir / name).is_dir() else (self.dir / name).unlink(missing_ok=True)
+            self._remove_made()
+            for name in (LOCK, *HALF_MADE):
+                (self.dir / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self.dir.rmdir()
         sys.stdout.flush()
         print(f"\n{line}", file=sys.stderr, flush=True)
+
+    def _remove_made(self) -> None:
+        for path in (self.dir / name for name in MADE):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number
@@ -207,6 +215,6 @@ class Stage:
         try:
             yield
         finally:
-            self._shielded = False
-        if self._signal:
+            self._shielded = self._closing
+        if self._signal and not self._closing:
             raise Interrupted

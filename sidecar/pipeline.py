@@ -296,7 +296,7 @@ class Pipeline:
                 await self._abandon()
                 await self.ports.producer.reopen()
                 await self.ports.session.open()
-                await self._keep_what_is_ours()
+                await self._claim_what_is_assigned()
                 self._policies = await self.ports.load_policies()
                 self._recovering = False
                 self.ready = (True, "serving")
@@ -321,15 +321,18 @@ class Pipeline:
         self._inflight = self._inflight_work = None
         self.ports.streams.discard_all()
 
-    async def _keep_what_is_ours(self) -> None:
-        """Partitions that another instance took meanwhile are dropped; the others are claimed again."""
+    async def _claim_what_is_assigned(self) -> None:
+        """All that the group assigns to this instance is claimed again; what another took by right is not assigned any more.
+
+        A lease alone does not tell: one who was late, and is out of the group, may have taken it from its rightful owner.
+        """
         ours = await still_ours(self.ports.session.connection, list(self.owned.values()))
-        for partition, lease in list(self.owned.items()):
-            if (lease.source_id, lease.partition) in ours:
-                self._claims.add(partition)
-            else:
+        for lease in self.owned.values():
+            if (lease.source_id, lease.partition) not in ours:
                 telemetry.fenced.labels("lease").inc()
-            del self.owned[partition]
+        self.owned.clear()
+        if self.source is not None:
+            self._claims |= set(await self.source.assignment())
         self._voids += 1
 
     async def _claim_all(self, source: KafkaSource) -> None:

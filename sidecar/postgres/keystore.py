@@ -40,6 +40,9 @@ _KEYS = """
 SELECT k.* FROM unnest($1::text[], $2::uuid[], $3::int[]) x(t, k, v)
 JOIN encryption_keys k ON k.tenant_id = x.t AND k.key_id = x.k AND k.key_version = x.v"""
 
+MAX_VERSION = 2**31 - 1
+"""What the column holds."""
+
 
 class KeyStore:
     """Reads on connections of its own, beside the batch in flight."""
@@ -65,8 +68,8 @@ class KeyStore:
         return await self.fetch(_NEWEST_KEYS, [t for t, _, _ in scopes], [k.value for _, k, _ in scopes], [i for _, _, i in scopes])
 
     async def keys(self, refs: Iterable[tuple[str, UUID, int]]) -> list[Any]:
-        """Recorded versions, destroyed ones too."""
-        wanted = list(refs)
+        """Recorded versions, destroyed ones too. The refs come from stored bytes, which may be anybody's: a version may be any u32."""
+        wanted = [ref for ref in refs if ref[2] <= MAX_VERSION]
         return await self.fetch(_KEYS, [t for t, _, _ in wanted], [k for _, k, _ in wanted], [v for _, _, v in wanted])
 
     async def policies(self, unmatched: Unmatched) -> PolicySet:

@@ -105,14 +105,15 @@ def up(
     path = _resolved(directory)
     with _working_on(path, create=True) as state, _killing_what_was_started(path, state):
         state.fast = fast if state.postgres_port == 0 else state.fast
+        if owner_pid is not None:  # before the first server: a kill -9 while they start leaves none either
+            _watch(path, state, owner_pid)
+            _save(path, state)
         todo = [server for server, wanted in ((_Kafka(path, state, progress), kafka), (_Postgres(path, state, progress), postgres)) if wanted]
         todo = [server for server in todo if not server.serves()]
         for server in todo:  # all are begun before the first is waited for: they start side by side
             server.begin()
         for server in reversed(todo):
             server.finish()
-        if owner_pid is not None:
-            _watch(path, state, owner_pid)
         return _describe(path, state)
 
 

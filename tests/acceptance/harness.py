@@ -151,7 +151,7 @@ class World:
         With `aborted`, in transactions of 10 records, of which every `aborted`-th is aborted and not expected: offsets have holes.
         """
         more = {"transactional.id": f"{self.deployment}.app"} if aborted else {}
-        producer = Producer({"bootstrap.servers": self.bootstrap, "acks": "all", "linger.ms": 5, "log_level": 2, **more})
+        producer = Producer({"bootstrap.servers": self.bootstrap, "enable.idempotence": True, "linger.ms": 5, "log_level": 0, **more})
         if aborted:
             producer.init_transactions(20)
         for first in range(0, count, 10):
@@ -164,7 +164,7 @@ class World:
                 producer.commit_transaction(20) if keep else (producer.flush(20), producer.abort_transaction(20))
             if per_second:
                 time.sleep(10 / per_second)
-        assert producer.flush(60) == 0, "the broker did not take all events"
+        assert producer.flush(120) == 0, "the broker did not take all events"
 
     def _produce(self, producer: Producer, tenant: int, number: int, prefix: str, size: int, *, keep: bool) -> None:
         n, stream, tenant_id = self._number, f"{prefix}{number}", f"tenant-{tenant}"
@@ -176,7 +176,8 @@ class World:
             self.expected.setdefault((tenant_id, stream), []).append(message_id)
 
         def delivered(error: KafkaError | None, message: Any) -> None:
-            if error is None and keep:
+            assert error is None, f"the broker did not take {message_id}: {error}"
+            if keep:
                 at = (message.topic(), message.partition())
                 self.ends[at] = max(self.ends.get(at, 0), message.offset() + 1)
 
@@ -310,7 +311,7 @@ def read_topic(bootstrap: str, topic: str, *, isolation: str = "read_committed")
             "isolation.level": isolation,
             "enable.partition.eof": True,
             "enable.auto.commit": False,
-            "log_level": 2,
+            "log_level": 0,
         }
     )
     try:

@@ -4,7 +4,7 @@ import asyncio
 import random
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from sidecar.kafka import consumer as kafka_consumer
 from sidecar.pipeline import Pipeline, Work
 from sidecar.testing.local_stack import LocalStack
 from tests.acceptance import harness
-from tests.acceptance.harness import Instance, World, plane, query, until
+from tests.acceptance.harness import Instance, World, plane, until
 
 KILLS, EVENTS = (30, 100_000) if harness.CAMPAIGN else (8, 20_000)
 REBALANCES = 50 if harness.CAMPAIGN else 10
@@ -79,42 +79,44 @@ async def freeze(instance: Instance, seconds: float) -> None:
 
 
 class Overtaken(Pipeline):
-    """Holds a batch with records, just before it is stored, until somebody else has taken the lease and stored them."""
+    """Holds its first batch just before it is stored, until somebody else has taken the lease and stored the same records."""
 
     dsn = ""
-    held = 0
+    held = gone_on = False
 
     async def revoked(self, partitions: list[Any], lost: bool) -> None:
-        await super().revoked(partitions, lost=True)  # does not wait for the batch, as a frozen process would not
+        """A frozen process does not hear of it."""
 
     async def _commit(self, work: Work) -> None:
-        if work.rows.count and not self.held:
-            self.held = 1
-            moves = list(work.moves.values())
+        if self.held or not work.rows.count:
+            return await super()._commit(work)
+        self.held = True
 
-            async def overtaken() -> bool:
-                ends = [
-                    await query(self.dsn, "SELECT next_offset FROM partition_leases WHERE source_id = $1 AND partition = $2", m.source_id, m.partition)
-                    for m in moves
-                ]
-                return any(end >= move.end for end, move in zip(ends, moves, strict=True))
+        async def overtaken() -> bool:
+            assert self.source is not None
+            await self.source.idle(0.1)
+            rows = await harness.query_all(self.dsn, "SELECT partition, next_offset FROM partition_leases")
+            ends = {row["partition"]: row["next_offset"] for row in rows}
+            return any(ends[move.partition] >= move.end for move in work.moves.values())
 
-            await until(overtaken, 30, "another instance stores what this one holds")
-        await super()._commit(work)
+        await until(overtaken, 30, "another instance stores what this one holds")
+        try:
+            await super()._commit(work)
+        finally:
+            self.gone_on = True
 
 
 async def overtake(world: World) -> None:
-    """Instance a is overtaken by b with a batch in hand, and then goes on."""
+    """Instance a is overtaken by b with a batch in hand, goes on with it, and ends."""
     Overtaken.dsn = world.dsn
-    async with plane(world, "a", Overtaken) as a:
-        await until(lambda: len(a.owned) == world.partitions, 20, "a owns all")
-        world.publish(200)
-        await until(lambda: a.held, 20, "a holds a batch")
-        async with plane(world, "b") as b:
-            await until(lambda: b.owned, 20, "b owns some")
-            await world.settled()
-            world.publish(200)
-            await world.settled()
+    async with AsyncExitStack() as of_b:
+        async with plane(world, "a", Overtaken) as a:
+            await until(lambda: len(a.owned) == world.partitions, 20, "a owns all")
+            await asyncio.to_thread(world.publish, 200)
+            await until(lambda: a.held, 20, "a holds a batch")
+            await of_b.enter_async_context(plane(world, "b"))
+            await until(lambda: a.gone_on, 60, "a goes on")
+        await world.settled()
 
 
 async def test_a_batch_that_was_overtaken_by_the_next_owner_is_fenced(world: World) -> None:
@@ -191,22 +193,28 @@ async def test_no_view_record_comes_twice_over_rebalances_in_mid_batch(world: Wo
 
 
 class Late(Pipeline):
-    """Holds a stored batch until the next owner has completed its view, and projects it then."""
+    """Holds its first stored batch until the next owner has completed its view, and projects it then."""
 
     world: World
-    held = False
+    held = gone_on = False
 
     async def _project(self, work: Work) -> None:
-        if work.rows.count and not self.held:
-            self.held = True
-            ends = {at: end for at, (_, end) in work.ends.items()}
+        if self.held or not work.rows.count:
+            return await super()._project(work)
+        self.held = True
+        ends = {at: end for at, (_, end) in work.ends.items()}
 
-            async def overtaken() -> bool:
-                committed = await asyncio.to_thread(self.world.committed)
-                return any(committed.get(at, 0) >= end for at, end in ends.items())
+        async def overtaken() -> bool:
+            assert self.source is not None
+            await self.source.idle(0.1)
+            committed = await asyncio.to_thread(self.world.committed)
+            return any(committed.get(at, 0) >= end for at, end in ends.items())
 
-            await until(overtaken, 30, "another instance projects what this one holds")
-        await super()._project(work)
+        await until(overtaken, 30, "another instance projects what this one holds")
+        try:
+            await super()._project(work)
+        finally:
+            self.gone_on = True
 
 
 class LateWithMetadataOfNow(Late):
@@ -225,17 +233,16 @@ class LateWithMetadataOfNow(Late):
 
 
 async def hold_over_a_rebalance(world: World, pipeline: type[Late]) -> None:
-    """Instance a has stored a batch; its partitions go to b; then a goes on."""
+    """Instance a has stored a batch; its partitions go to b; then a goes on, and ends."""
     pipeline.world = world
-    async with plane(world, "a", pipeline) as a:
-        await until(lambda: len(a.owned) == world.partitions, 20, "a owns all")
-        await asyncio.to_thread(world.publish, 40)
-        await until(lambda: a.held, 20, "a holds a batch between store and view")
-        async with plane(world, "b") as b:
-            await until(lambda: b.owned, 20, "b owns some")
-            await world.settled()
+    async with AsyncExitStack() as of_b:
+        async with plane(world, "a", pipeline) as a:
+            await until(lambda: len(a.owned) == world.partitions, 20, "a owns all")
             await asyncio.to_thread(world.publish, 40)
-            await world.settled()
+            await until(lambda: a.held, 20, "a holds a batch between store and view")
+            await of_b.enter_async_context(plane(world, "b"))
+            await until(lambda: a.gone_on, 60, "a goes on")
+        await world.settled()
 
 
 async def test_a_batch_that_ends_after_its_partitions_were_given_away_does_not_project(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,5 @@ def opened(world: World, row: Any) -> bytes:
         opened_kek = await keys.open_kek(kek_row(kek))
         return open_dek({kek["kek_version"]: opened_kek}, dek_row(dek)).into_cipher(Suite.AES_256_GCM)
 
-    prefix = sealed[:PREFIX_BYTES]
-    aad = dead_letter_aad(row["tenant_id"], row["source_id"], row["partition"], row["offset"], prefix)
+    aad = dead_letter_aad(row["tenant_id"], row["source_id"], row["partition"], row["offset"], sealed[:PREFIX_BYTES])
     return open_envelope(blocking(cipher), sealed, aad)

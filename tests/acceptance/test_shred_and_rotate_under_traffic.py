@@ -7,13 +7,13 @@ import asyncio
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from sidecar.app import run_data_plane
+from sidecar.app import compose
 from sidecar.core.envelope import parse_header
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.view import guard_stripe, view_partition
@@ -134,118 +134,113 @@ END $$"""
 
 
 @contextmanager
-def in_process(world: World, instance: str) -> Iterator[None]:
-    """A data plane in this process, so that a test may reach into it. Its signal handlers stay out."""
-    loops: list[asyncio.AbstractEventLoop] = []
+def in_process(world: World, pipeline: Callable[..., Pipeline]) -> Iterator[None]:
+    """A data plane in a thread of this process, with a pipeline that a test has a hand in."""
     failures: list[BaseException] = []
-    tasks: list[asyncio.Task[None]] = []
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     async def main() -> None:
-        loops.append(asyncio.get_running_loop())
-        loops[0].add_signal_handler = lambda *_: None  # type: ignore[assignment,method-assign]
-        tasks.append(asyncio.create_task(run_data_plane(world.settings, f"{world.name}-{instance}")))
         try:
-            await tasks[0]
-        except asyncio.CancelledError:
-            pass
+            plane = await compose(world.settings, f"{world.name}-one", pipeline_of=pipeline)
+            running.append((asyncio.get_running_loop(), asyncio.Event()))
+            await plane.run(running[0][1])
         except BaseException as error:
             failures.append(error)
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
     try:
-        until(lambda: failures or world.sql("SELECT FROM pg_tables WHERE tablename = 'partition_leases'"), "the data plane to start")
+        until(lambda: running or failures, "the data plane to start")
+        assert not failures, failures
         yield
     finally:
-        until(lambda: tasks, "a task")
-        loops[0].call_soon_threadsafe(tasks[0].cancel)
-        thread.join(30)
-        assert not failures, failures
+        for loop, stop in running:
+            loop.call_soon_threadsafe(stop.set)
+        thread.join(60)
+    assert not failures, failures
 
 
-def pause_between_store_and_view(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
-    """-> (a batch stands there, let it go on). Only the first batch after `armed` waits."""
+class Late(Pipeline):
+    """Stands still between store and view, with the batch that holds the event `late`."""
+
     there, go_on = threading.Event(), threading.Event()
-    project = Pipeline._project
 
-    async def paused(self: Pipeline, work: Any) -> None:
-        if work.outgoing and any(headers_of(o).get("ce_id") == b"late" for o in work.outgoing):
-            there.set()
-            await asyncio.to_thread(go_on.wait, 60)
-        await project(self, work)
+    async def _project(self, work: Any) -> None:
+        if any(headers_of(outgoing).get("ce_id") == b"late" for outgoing in work.outgoing):
+            self.there.set()
+            await asyncio.to_thread(self.go_on.wait, 60)
+        await super()._project(work)
 
-    monkeypatch.setattr(Pipeline, "_project", paused)
-    return there, go_on
+
+def shred_between_store_and_view(world: World) -> tuple[Scope, dict[str, Any]]:
+    there, go_on = threading.Event(), threading.Event()
+    scope = Scope.of_tenant("acme")
+    world.control()
+    with in_process(world, type("OneLate", (Late,), {"there": there, "go_on": go_on})):
+        world.event(world.topic("in"), b"early", stream="aes-1")
+        world.settle()
+        world.event(world.topic("in"), b"late", stream="aes-1", id="late")
+        world.flush()
+        assert there.wait(20)
+        receipt = world.carry_out("shred", scope)
+        go_on.set()
+        world.settle()
+    return scope, receipt
 
 
 def headers_of(outgoing: Any) -> dict[str, bytes]:
     return dict(outgoing.headers)
 
 
-def test_control_without_the_guard_a_payload_appears_beyond_the_barrier(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_without_the_guard_a_payload_appears_beyond_the_barrier(world: World) -> None:
     """A batch that stood between store and view when the shred came: nobody waited for it, nobody fenced it."""
-    there, go_on = pause_between_store_and_view(monkeypatch)
-    scope = Scope.of_tenant("acme")
-    world.control()
-    with in_process(world, "one"):
-        world.event(world.topic("in"), b"early", stream="aes-1")
-        world.settle()
-        world.sql(WITHOUT_GUARD)
-        world.event(world.topic("in"), b"late", stream="aes-1", id="late")
-        world.flush()
-        assert there.wait(20)
-        receipt = world.carry_out("shred", scope)
-        go_on.set()
-        world.settle()
+    world.sql(WITHOUT_GUARD)
+    scope, receipt = shred_between_store_and_view(world)
     assert any(stray.startswith("view") for stray in strays(world, scope, receipt))
 
 
-def test_a_batch_between_store_and_view_is_waited_for_or_fenced_before_the_receipt(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_between_store_and_view_is_fenced_before_the_receipt(world: World) -> None:
     """The same, with the guard."""
-    there, go_on = pause_between_store_and_view(monkeypatch)
-    scope = Scope.of_tenant("acme")
-    world.control()
-    with in_process(world, "one"):
-        world.event(world.topic("in"), b"early", stream="aes-1")
-        world.settle()
-        world.event(world.topic("in"), b"late", stream="aes-1", id="late")
-        world.flush()
-        assert there.wait(20)
-        receipt = world.carry_out("shred", scope)
-        go_on.set()
-        world.settle()
+    scope, receipt = shred_between_store_and_view(world)
     assert strays(world, scope, receipt) == []
     assert [i["outcome"] for i in receipt["instances"]] == ["fenced"]
 
 
-def test_control_without_the_epoch_check_an_event_is_stored_after_the_receipt(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warm keys and nobody who asks whether they are still good."""
-    monkeypatch.setattr(Pipeline, "_verify", lambda *_: None)
-    monkeypatch.setattr(Pipeline, "forget", lambda *_: None)  # the news that a tenant changed is no proof either, it may come late
+class Deaf(Pipeline):
+    """Does not hear that a tenant changed: the news may come late, they prove nothing."""
+
+    def forget(self, tenant: str) -> None:
+        pass
+
+
+class Trusting(Deaf):
+    """And does not ask."""
+
+    def _verify(self, *_: Any) -> None:
+        pass
+
+
+def write_after_the_receipt(world: World, pipeline: Callable[..., Pipeline]) -> tuple[Scope, dict[str, Any]]:
     scope = Scope.of_tenant("acme")
     world.control()
-    with in_process(world, "one"):
+    with in_process(world, pipeline):
         world.event(world.topic("in"), b"early", stream="aes-1")
         world.settle()
         receipt = world.carry_out("shred", scope)
         world.event(world.topic("in"), b"late", stream="aes-1")
         world.settle()
+    return scope, receipt
+
+
+def test_control_without_the_epoch_check_warm_keys_seal_and_show_after_the_receipt(world: World) -> None:
+    scope, receipt = write_after_the_receipt(world, Trusting)
     found = strays(world, scope, receipt)
     assert any("stored later" in stray for stray in found)
     assert any(stray.startswith("view") for stray in found)
 
 
-def test_with_the_epoch_check_alone_nothing_is_stored_after_the_receipt(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same without the news, with the check."""
-    monkeypatch.setattr(Pipeline, "forget", lambda *_: None)
-    scope = Scope.of_tenant("acme")
-    world.control()
-    with in_process(world, "one"):
-        world.event(world.topic("in"), b"early", stream="aes-1")
-        world.settle()
-        receipt = world.carry_out("shred", scope)
-        world.event(world.topic("in"), b"late", stream="aes-1")
-        world.settle()
+def test_the_epoch_check_alone_stops_warm_keys(world: World) -> None:
+    scope, receipt = write_after_the_receipt(world, Deaf)
     assert strays(world, scope, receipt) == []
     assert world.value("SELECT count(*) FROM refusals") == 1
 
@@ -279,7 +274,7 @@ def test_a_stopped_instance_that_holds_the_guard_is_fenced_and_its_late_commit_i
     stopped.signal(signal.SIGCONT)
     world.settle()  # it recovers by itself
     assert strays(world, scope, receipt) == []
-    partition = str(view_partition("acme", "aes-1", 3))
+    partition = str(view_partition("acme/aes-1", 3))
     assert ends[int(partition)] >= receipt["barrier"][world.topic("view")][partition]
     assert {row["status"] for row in world.events("globex")} == {"ok"}
     assert sum(world.sent.values()) == world.value("SELECT (SELECT count(*) FROM messages) + (SELECT count(*) FROM refusals)")

@@ -283,7 +283,9 @@ class World:
 
         return blocking(read)
 
-    def carry_out(self, op: str, scope: Scope, *, final: tuple[str, ...] = ("done", "inaccessible", "rejected", "failed"), **changes: Any) -> dict[str, Any]:
+    def carry_out(
+        self, op: str, scope: Scope, *, final: tuple[str, ...] = ("done", "inaccessible", "rejected", "failed"), **changes: Any
+    ) -> dict[str, Any]:
         """Send a command as it stands; its final receipt. A control plane must run."""
         command_id, raw = kit.command(self.settings, op, scope, **changes)
         kit.send(self.settings, raw, key=scope.tenant)
@@ -291,20 +293,33 @@ class World:
 
     def receipt(self, command_id: str, final: tuple[str, ...] = ("done", "inaccessible", "rejected", "failed")) -> dict[str, Any]:
         def come() -> dict[str, Any] | None:
-            found = self.sql("SELECT body FROM receipts WHERE command_id = $1::text::uuid AND status = ANY ($2) ORDER BY created_at LIMIT 1", command_id, list(final))
+            found = self.sql(
+                "SELECT body FROM receipts WHERE command_id = $1::text::uuid AND status = ANY ($2) ORDER BY created_at LIMIT 1",
+                command_id,
+                list(final),
+            )
             return None if not found else found[0]["body"] if isinstance(found[0]["body"], dict) else json.loads(found[0]["body"])
 
         return until(come, f"the final receipt of {command_id}")  # type: ignore[return-value]
 
 
-def build(stack: LocalStack, dsn: str, folder: Path, name: str, *, extra_sources: Sequence[dict[str, Any]] = (), **changes: Any) -> World:
+def build(
+    stack: LocalStack,
+    dsn: str,
+    folder: Path,
+    name: str,
+    *,
+    extra_sources: Sequence[dict[str, Any]] = (),
+    kafka_client: dict[str, Any] | None = None,
+    **changes: Any,
+) -> World:
     """A configuration with a source topic `in` (2 partitions), a few classes and a view of everything; `changes` replace its sections."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "kek").exists():
         create_key_file(folder / "kek")
     document: dict[str, Any] = {
         "deployment": name,
-        "kafka": {"bootstrap_servers": stack.bootstrap_servers},
+        "kafka": {"bootstrap_servers": stack.bootstrap_servers, "client": kafka_client or {}},
         "postgres": {"dsn": dsn},
         "kms": {"uri": "file:./kek"},
         "sources": [{"topic": f"{name}.in"}, *extra_sources],

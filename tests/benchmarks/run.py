@@ -1,6 +1,6 @@
 """`make bench`: what the product costs, as ratios of rounds that were interleaved in one run. Prints a table and JSON.
 
-    python tests/benchmarks/run.py [--events 60000] [--rounds 3] [--only throughput,streams,commands,memory] [--json FILE]
+    python -m tests.benchmarks.run [--events 60000] [--rounds 3] [--only throughput,streams,commands,memory] [--json FILE]
 
 Broker, database and this process share the machine: seconds mean little, ratios of one run something. Nothing here fails for being slow.
 """
