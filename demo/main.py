@@ -47,7 +47,7 @@ BATCH = 2000  # as `sidecar init` writes it
 class Demo:
     def __init__(self, stage: Stage, *, small: bool, broken: str | None) -> None:
         self.stage, self.broken = stage, broken
-        self.many, self.per_phase, self.killed_over = (600, 5000, 3000) if small else (10_000, 8000, 10_000)
+        self.many, self.per_phase, self.killed_over = (600, 5000, 3000) if small else (10_000, 8000, 8000)
         self.secret = {tenant: f"{tenant}-{secrets.token_hex(8)}.example" for tenant in (*TENANTS, "initech")}
         self.first: Event | None = None
         self.receipt: dict[str, Any] = {}
@@ -169,16 +169,20 @@ class Demo:
             stage.say("plain", f"{plain:>8,.0f} events/s")
             stage.say("encrypted", f"{encrypted:>8,.0f} events/s   {encrypted / plain:.2f} of plain: {cost}")
             stage.say("measured", f"{rounds} × {self.per_phase:,} events of 1 KB each way, by turns, to store and view;")
-            stage.say("", f"the median of {batches} batches of {BATCH:,}; all on these {os.cpu_count()} cores")
+            stage.say("", f"the median of {batches} batches of up to {BATCH:,}; all on these {os.cpu_count()} cores")
             stage.say("", "a glance, not a benchmark: that is `make bench`")
             stage.ok("all of one stored in clear, all of the other sealed")
 
     def _phase(self, name: str, mark: str, count: int) -> list[float]:
-        """Events/s of each full batch, by the clock of the database: from its begin to the next one's."""
+        """Events/s of each batch but the last, by the clock of the database: from its begin to the next one's."""
         value = padded({"speed": "x"})
         before = len(self.publisher.published)
         self.publisher.publish_at_once([Event(tenant="globex", stream=f"{name}-{mark}-{n % 8}", type="Speed", value=value) for n in range(count)])
-        self._settle(f"{count} events drained")
+        # wait with a look that costs nothing, and read the view only afterwards: both would compete with what is measured
+        last = "SELECT count(*) FROM messages WHERE tenant_id = 'globex' AND stream_id = ANY($1) AND stream_position = $2"
+        names = [f"{name}-{mark}-{n}" for n in range(8)]
+        self.stage.until(lambda: self.database.value(last, names, count // 8) == 8, 120, f"{count} events drained")
+        self._settle(f"{count} events in the view")
         found = self.database.rows(
             """SELECT created_at, count(*) AS events, count(data_encrypted) AS sealed FROM messages
                WHERE tenant_id = 'globex' AND stream_id LIKE $1 GROUP BY created_at ORDER BY created_at""",
@@ -187,9 +191,7 @@ class Demo:
         total, sealed = sum(row["events"] for row in found), sum(row["sealed"] for row in found)
         check(total == count == len(self.publisher.published) - before, f"{total} of {count} events are stored")
         check(sealed == (0 if name.startswith("cart") else count), f"{sealed} of {count} events of {name} are encrypted")
-        full = [(row, after) for row, after in pairwise(found) if row["events"] == BATCH]
-        check(full, f"{count} events came in {len(found)} batches, none of them full: nothing to measure")
-        return [BATCH / (after["created_at"] - row["created_at"]).total_seconds() for row, after in full]
+        return [row["events"] / (after["created_at"] - row["created_at"]).total_seconds() for row, after in pairwise(found)]
 
     # ── 5 ──────────────────────────────────────────────────────────────────────
 
@@ -256,7 +258,7 @@ class Demo:
             notice = self.view.notices[0][1]
             check(notice["command_id"] == receipt["command_id"], "the notice names another command")
             stage.ok(f"the view has the notice on {len(self.view.notices)} partitions: tenant {notice['tenant']}, scope {notice['scope']['kind']}")
-            rows = self._list(other, "user-0") + self._list(other, "audit-0")
+            rows = self._list(other, "user-0")
             check(rows and all(row["status"] == "ok" for row in rows), f"events of {other} do not read")
             stage.ok(f"{other} is untouched: its events read as before")
             self._scan(tenant)

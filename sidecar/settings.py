@@ -201,8 +201,8 @@ class BatchSettings(_Section):
 class LimitSettings(_Section):
     max_record_bytes: ByteSize = ByteSize(2**20)
     max_headers: int = Field(default=256, ge=8)
-    key_cache_entries: int = Field(default=20_000, ge=1000)
-    stream_heads: int = Field(default=20_000, ge=1000)
+    key_cache_entries: int = Field(default=10_000, ge=1000)
+    stream_heads: int = Field(default=10_000, ge=1000)
 
 
 class HttpSettings(_Section):

@@ -47,7 +47,7 @@ views:
 control: {{topic: sidecar.control, receipts: sidecar.receipts, allow_unsigned: true}}   # allow_unsigned: development only
 dead_letters: {{topic: sidecar.dead-letters}}
 batch: {{max_records: 2000, max_bytes: 16MiB, max_wait_ms: 50}}
-limits: {{max_record_bytes: 1MiB, max_headers: 256, key_cache_entries: 20000, stream_heads: 20000}}
+limits: {{max_record_bytes: 1MiB, max_headers: 256, key_cache_entries: 10000, stream_heads: 10000}}
 http: {{host: 127.0.0.1, port: 8080}}   # /livez /readyz /metrics; 0 takes a free port
 """
 

@@ -1,7 +1,6 @@
 """Topics, offsets and fencing, asked of the broker. Calls block: run them with `asyncio.to_thread`."""
 
 import time
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,13 @@ class Admin:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._client = AdminClient(client_config(settings))
+        self._refused: KafkaError | None = None
+        self._client = AdminClient(client_config(settings, error_cb=self._heard))
+
+    def _heard(self, error: KafkaError) -> None:
+        """Called by `poll`: a client whose password is refused goes on trying, and what was asked of it only times out."""
+        if error.code() in (KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED):
+            self._refused = error
 
     def describe(self, topics: Iterable[str]) -> dict[str, TopicInfo]:
         """Those of the topics that exist. Raises BrokerUnavailable."""
@@ -44,7 +49,8 @@ class Admin:
                 found = future.result()
             except KafkaException as error:
                 if error.args[0].code() not in _ABSENT:
-                    raise translate(error.args[0]) from None
+                    self._client.poll(0)
+                    raise translate(self._refused or error.args[0]) from None
                 continue
             out[name] = TopicInfo(name=name, topic_id=str(found.topic_id), partitions=len(found.partitions))
         return out

@@ -28,6 +28,10 @@ RELEASE_SECONDS = 20.0
 generation keep a batch that ends later from counting."""
 
 
+FENCED_AGAIN_SECONDS = 60.0
+SEEK_SECONDS = 2.0
+
+
 class InstanceReplaced(SidecarError):
     """Another process runs under this instance id; this one ends."""
 
@@ -61,6 +65,8 @@ class KafkaSource:
         self._metadata: Any = None
         self._rewinds = 0
         self._paused: set[Partition] = set()
+        self._patterns: list[str] = []
+        self._dead, self._died = False, float("-inf")
         self._consumer = self._create(classic=settings.kafka.group_protocol != "consumer")
 
     def _create(self, *, classic: bool) -> Consumer:
@@ -79,7 +85,7 @@ class KafkaSource:
                     "enable.auto.offset.store": False,
                     "auto.offset.reset": "error",
                     "isolation.level": "read_committed",
-                    "queued.max.messages.kbytes": 65_536,
+                    "queued.max.messages.kbytes": 24_576,
                     "fetch.message.max.bytes": int(self._settings.limits.max_record_bytes),
                     "topic.metadata.refresh.interval.ms": 5_000,
                     "allow.auto.create.topics": False,
@@ -95,6 +101,8 @@ class KafkaSource:
     async def subscribe(self, topics: Iterable[str]) -> None:
         """Names, or globs over names."""
         patterns = ["^" + re.escape(t).replace(r"\*", ".*").replace(r"\?", ".") + "$" if set(t) & set("*?[") else t for t in topics]
+
+        self._patterns = patterns
 
         def subscribe() -> None:
             with mapped():
@@ -140,11 +148,19 @@ class KafkaSource:
 
     def _check(self, error: KafkaError) -> None:
         """Most errors are news that the client acts on by itself; a fatal one ends it."""
-        if error.fatal() or error.code() == KafkaError.FENCED_INSTANCE_ID:
+        if error.fatal() or error.code() in (KafkaError._FATAL, KafkaError.FENCED_INSTANCE_ID):
             raise self._fatal(error)
 
     def _fatal(self, error: KafkaError) -> SidecarError:
-        if error.code() in (KafkaError.FENCED_INSTANCE_ID, KafkaError.UNRELEASED_INSTANCE_ID):
+        """A fatal error ends the client; `idle` makes another. A broker that was killed may fence us with what it forgot; twice
+        within a minute it is another process."""
+        if error.fatal() or error.code() in (KafkaError._FATAL, KafkaError.FENCED_INSTANCE_ID):
+            now = time.monotonic()
+            first = self._dead or now - self._died > FENCED_AGAIN_SECONDS
+            self._dead, self._died = True, now
+            if first:
+                return BrokerUnavailable(f"Kafka: {error.name()}: the consumer has to join again")
+        if self._dead or error.code() == KafkaError.UNRELEASED_INSTANCE_ID:
             return InstanceReplaced(f"another process runs as instance {self._instance_id}; give each its own --instance-id")
         return translate(error) if not error.fatal() else BrokerUnavailable(f"Kafka: {error.name()}")
 
@@ -153,6 +169,8 @@ class KafkaSource:
         await self._call(self._idle, seconds)
 
     def _idle(self, seconds: float) -> None:
+        if self._dead:
+            self._join_again()
         with suppress(KafkaException):
             assigned = self._consumer.assignment()
             self._consumer.pause(assigned)
@@ -163,6 +181,21 @@ class KafkaSource:
             message = self._consumer.poll(min(left, POLL_SECONDS))
             if message is not None and (error := message.error()) is not None:
                 self._check(error)
+
+    def _join_again(self) -> None:
+        """A new client in place of one that met a fatal error; what that one was assigned is lost."""
+        assigned: list[TopicPartition] = []
+        with suppress(KafkaException):
+            assigned = self._consumer.assignment()
+        if assigned:
+            asyncio.run_coroutine_threadsafe(_awaited(self._on_revoked([(tp.topic, tp.partition) for tp in assigned], True)), self._loop)
+        with suppress(KafkaException, RuntimeError):
+            self._consumer.close()
+        self._waiting.clear()
+        self._consumer = self._create(classic=self._settings.kafka.group_protocol != "consumer")
+        self._dead = False
+        with mapped():
+            self._consumer.subscribe(self._patterns, on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
 
     async def start(self, offsets: Mapping[Partition, int]) -> None:
         """Read these partitions from these offsets on; what was fetched before is void, of whatever partition: name all that are read."""
@@ -180,16 +213,22 @@ class KafkaSource:
         self._paused -= set(offsets)
 
     def _seek(self, target: TopicPartition) -> None:
-        """Right after an assignment the client may not know the partition yet: it says so, and does a moment later."""
-        until = time.monotonic() + 10
+        """Right after an assignment the client may not know the partition yet: it says so, and does a moment later. One whose topic was
+        made again it never finds by itself: that is assigned anew, where it is to be read from."""
+        begun = time.monotonic()
         while True:
             try:
                 self._consumer.seek(target)
                 return
             except KafkaException as error:
-                if error.args[0].code() != KafkaError._STATE or time.monotonic() > until:
+                if error.args[0].code() != KafkaError._STATE:
                     raise translate(error.args[0]) from None
-                self._consumer.poll(0.02)
+            if time.monotonic() - begun > SEEK_SECONDS:
+                with mapped():
+                    self._consumer.incremental_unassign([target])
+                    self._consumer.incremental_assign([target])
+                return
+            self._consumer.poll(0.02)
 
     async def committed(self, partitions: Iterable[Partition]) -> dict[Partition, int | None]:
         """The group's committed offsets; None where there is none."""

@@ -43,7 +43,12 @@ class FileKms:
         return open_sealed(AESGCM(expand(key, "kms-file")), wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], aad)
 
     async def check(self) -> None:
-        await asyncio.to_thread(self._read)
+        """At start a file that is not there is a mistake to mend, later it is a KMS that is away."""
+        try:
+            await asyncio.to_thread(self._read)
+        except KmsUnavailable as error:
+            mend = "restore it from your backup; for a new system `sidecar init` writes one"
+            raise ConfigurationError(str(error), where=f"kms.uri: {self._path}", mend=mend) from None
 
     def _read(self) -> tuple[bytes, str]:
         """-> key, its version (a digest of the key: another file is another version)."""

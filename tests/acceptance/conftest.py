@@ -10,7 +10,9 @@ from tests.acceptance.world import World, build
 
 
 @pytest.fixture
-def make_world(local_stack: LocalStack, make_database: Callable[[], str], tmp_path: Path, unique: Callable[[str], str]) -> Iterator[Callable[..., World]]:
+def make_world(
+    local_stack: LocalStack, make_database: Callable[[], str], tmp_path: Path, unique: Callable[[str], str]
+) -> Iterator[Callable[..., World]]:
     """A function that makes a world (see `world.build`); its processes are gone at the end."""
     made: list[World] = []
 

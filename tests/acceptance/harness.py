@@ -40,8 +40,8 @@ from sidecar.postgres import migrations
 from sidecar.postgres.connection import connected
 from sidecar.settings import Settings, load
 
-CAMPAIGN = os.environ.get("SIDECAR_CAMPAIGN") == "full"
-"""Long campaigns run in a short form unless SIDECAR_CAMPAIGN=full."""
+CAMPAIGN = os.environ.pop("SIDECAR_CAMPAIGN", "") == "full"
+"""Long campaigns run in a short form unless SIDECAR_CAMPAIGN=full. Popped: the product takes SIDECAR_* for settings."""
 
 Stream = tuple[str, str]
 Expected = Mapping[Stream, list[str]]

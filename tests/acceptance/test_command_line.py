@@ -60,7 +60,11 @@ def test_publish_store_view_rotate_shred_and_every_list_in_the_contracts_shapes(
     assert world.cli("shred", "--tenant", "acme", "--reason", "a test").returncode == 2
     receipt = world.json("shred", "--tenant", "acme", "--reason", "a test", "--yes", "--wait", "30")
     assert receipt.keys() >= RECEIPT
-    assert (receipt["status"], receipt["scope"], receipt["events"]) == ("inaccessible", {"tenant": "acme", "kind": "tenant"}, {"unreadable": 2, "plain_remaining": 1})
+    assert (receipt["status"], receipt["scope"], receipt["events"]) == (
+        "inaccessible",
+        {"tenant": "acme", "kind": "tenant"},
+        {"unreadable": 2, "plain_remaining": 1},
+    )
     assert receipt["irrecoverable_at"] is None
     assert set(receipt["barrier"]) == {world.topic("view")}
     assert receipt["instances"] == [{"instance_id": f"{world.name}-one", "outcome": "released"}]
@@ -88,7 +92,11 @@ def test_publish_store_view_rotate_shred_and_every_list_in_the_contracts_shapes(
     world.send(topic, b"v", [("ce_tenantid", b"../")])
     world.settle()
     (letter,) = world.json("dlq", "list")
-    assert (letter["reason"], letter["partition"], letter["tenant_id"]) == ("bad_tenant", next(p for (t, p), _ in world.sent.items() if t == topic), None)
+    assert (letter["reason"], letter["partition"], letter["tenant_id"]) == (
+        "bad_tenant",
+        next(p for (t, p), _ in world.sent.items() if t == topic),
+        None,
+    )
     assert world.json("dlq", "show", str(letter["id"])) == letter
     tail = world.json("audit", "tail", "--limit", "100")
     assert {"writer", "seq", "at", "action", "actor", "details", "prev_hash", "hash"} <= tail[0].keys()
@@ -143,7 +151,9 @@ def test_init_writes_what_runs_against_the_local_stack_and_never_overwrites(worl
     said = subprocess.run([sys.executable, "-m", "sidecar", *words], capture_output=True, check=False)
     assert said.returncode == 0, said.stderr
     assert (folder / "keys" / "kek").stat().st_mode & 0o777 == 0o600
-    said = subprocess.run([sys.executable, "-m", "sidecar", "--config", str(folder / "sidecar.yaml"), "config", "check", "-o", "json"], capture_output=True, check=False)
+    said = subprocess.run(
+        [sys.executable, "-m", "sidecar", "--config", str(folder / "sidecar.yaml"), "config", "check", "-o", "json"], capture_output=True, check=False
+    )
     assert json.loads(said.stdout)["ok"] is True
     again = subprocess.run([sys.executable, "-m", "sidecar", *words], capture_output=True, check=False)
     assert again.returncode == 2

@@ -22,7 +22,9 @@ from tests.acceptance.harness import World, plane, query, query_all, until
 @pytest.fixture
 async def world(local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str]) -> World:
     client = {"session.timeout.ms": 2000, "heartbeat.interval.ms": 200}
-    world = World(tmp_path, local_stack.bootstrap_servers, database, unique("d"), kafka={"bootstrap_servers": local_stack.bootstrap_servers, "client": client})
+    world = World(
+        tmp_path, local_stack.bootstrap_servers, database, unique("d"), kafka={"bootstrap_servers": local_stack.bootstrap_servers, "client": client}
+    )
     await world.prepare()
     return world
 

@@ -17,8 +17,8 @@ from sidecar.testing.local_stack import LocalStack
 from tests.acceptance import harness
 from tests.acceptance.harness import Instance, World, plane, until
 
-KILLS, EVENTS = (30, 100_000) if harness.CAMPAIGN else (8, 20_000)
-REBALANCES = 50 if harness.CAMPAIGN else 10
+KILLS, EVENTS = (30, 100_000) if harness.CAMPAIGN else (6, 20_000)
+REBALANCES = 50 if harness.CAMPAIGN else 4
 # A dead or frozen member's partitions go to the other instance within two seconds, and a rebalance is heard of at once.
 IMPATIENT: dict[str, Any] = {"client": {"session.timeout.ms": 2000, "heartbeat.interval.ms": 200}}
 
@@ -39,7 +39,9 @@ END $$;
 
 @pytest.fixture
 async def world(local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str]) -> World:
-    world = World(tmp_path, local_stack.bootstrap_servers, database, unique("x"), kafka={"bootstrap_servers": local_stack.bootstrap_servers} | IMPATIENT)
+    world = World(
+        tmp_path, local_stack.bootstrap_servers, database, unique("x"), kafka={"bootstrap_servers": local_stack.bootstrap_servers} | IMPATIENT
+    )
     await world.prepare()
     return world
 

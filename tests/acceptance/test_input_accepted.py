@@ -140,7 +140,17 @@ def test_the_applications_source_and_time_are_kept(shared: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "moment", [b"0001-01-01T00:00:00+14:00", b"9999-12-31T23:59:59-14:00", b"9999-12-31T23:59:59.9999999Z", b"yesterday", b"2020-01-01T00:00:00", b"\xff", b"", b"2020-13-01T00:00:00Z"]
+    "moment",
+    [
+        b"0001-01-01T00:00:00+14:00",
+        b"9999-12-31T23:59:59-14:00",
+        b"9999-12-31T23:59:59.9999999Z",
+        b"yesterday",
+        b"2020-01-01T00:00:00",
+        b"\xff",
+        b"",
+        b"2020-13-01T00:00:00Z",
+    ],
 )
 def test_a_time_that_no_calendar_holds_does_no_harm(shared: World, moment: bytes) -> None:
     both_ways(shared, [b"v"], headers=[("ce_time", moment)])
@@ -160,7 +170,9 @@ def test_a_record_timestamp_of_any_number_does_no_harm(shared: World, timestamp:
     both_ways(shared, [b"v"], timestamp=timestamp)
 
 
-@pytest.mark.parametrize("name", ["a_b", "a-b", "a%", "jane@acme.com", "x::y", "a b", "ab", "a/b", "'; DROP TABLE messages --", "ü" * 127, "..", "\\N", "null"])
+@pytest.mark.parametrize(
+    "name", ["a_b", "a-b", "a%", "jane@acme.com", "x::y", "a b", "ab", "a/b", "'; DROP TABLE messages --", "ü" * 127, "..", "\\N", "null"]
+)
 def test_stream_names_are_taken_as_they_come_and_never_merged(shared: World, name: str) -> None:
     tenant = f"t{secrets.token_hex(4)}"
     near = [name, f"{name}x", "aXb", "a__", name.upper() if name.upper() != name else f"{name}y"]
@@ -197,7 +209,15 @@ def test_a_topic_written_with_transactions_gives_the_committed_records_without_g
 
 def test_cloudevents_in_structured_mode_name_themselves_in_the_document(shared: World) -> None:
     stream = f"aes-{secrets.token_hex(4)}"
-    document = {"specversion": "1.0", "id": "e-1", "type": "Made", "source": "/app", "tenantid": "acme", "streamid": stream, "data": {"b": 1, "a": [2]}}
+    document = {
+        "specversion": "1.0",
+        "id": "e-1",
+        "type": "Made",
+        "source": "/app",
+        "tenantid": "acme",
+        "streamid": stream,
+        "data": {"b": 1, "a": [2]},
+    }
     value = json.dumps(document, indent=3).encode()
     # headers that disagree do not count in this mode
     headers = [("content-type", b"application/cloudevents+json; charset=utf-8"), ("ce_tenantid", b"globex"), ("ce_streamid", b"other")]

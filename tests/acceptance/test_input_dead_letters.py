@@ -50,7 +50,11 @@ def dead(world: World, topic: str, value: bytes | None, headers: Headers, reason
     assert row["reason"] == reason
     assert bytes(row["value_sha256"]) == sha256(value or b"").digest()
     assert world.dead_letters()[topic, 0, at] == reason
-    stored = world.value("SELECT count(*) FROM messages JOIN source_topics USING (source_id) WHERE topic = $1 AND source_partition = 0 AND source_offset = $2", topic, at)
+    stored = world.value(
+        "SELECT count(*) FROM messages JOIN source_topics USING (source_id) WHERE topic = $1 AND source_partition = 0 AND source_offset = $2",
+        topic,
+        at,
+    )
     assert stored == 0
     return row
 
@@ -63,8 +67,40 @@ def test_without_a_tenant_there_is_a_digest_and_no_value(shared: World, tenant: 
 
 @pytest.mark.parametrize(
     "tenant",
-    [b"../", b"..", b"a\0b", b"acme\n", b"\nacme", b"a" * 10_000, b"a" * 101, "ａｃｍｅ".encode(), "é".encode(), b"\xff", b"a/b", b" acme", b"acme ", b"-a", b"*"],
-    ids=["dot dot slash", "dots", "nul", "newline", "newline first", "10,000", "101", "fullwidth", "accent", "no UTF-8", "slash", "space", "trailing space", "dash", "star"],
+    [
+        b"../",
+        b"..",
+        b"a\0b",
+        b"acme\n",
+        b"\nacme",
+        b"a" * 10_000,
+        b"a" * 101,
+        "ａｃｍｅ".encode(),
+        "é".encode(),
+        b"\xff",
+        b"a/b",
+        b" acme",
+        b"acme ",
+        b"-a",
+        b"*",
+    ],
+    ids=[
+        "dot dot slash",
+        "dots",
+        "nul",
+        "newline",
+        "newline first",
+        "10,000",
+        "101",
+        "fullwidth",
+        "accent",
+        "no UTF-8",
+        "slash",
+        "space",
+        "trailing space",
+        "dash",
+        "star",
+    ],
 )
 def test_a_bad_tenant_id_is_never_normalised(shared: World, tenant: bytes) -> None:
     tenants = shared.value("SELECT count(*) FROM tenants")
@@ -92,7 +128,17 @@ def test_a_bad_id_or_type_is_malformed(shared: World, header: str, value: bytes 
 
 @pytest.mark.parametrize(
     "value",
-    [b"", None, b"{", b'{"tenant": "acme"', b"\xff", b'{"tenant": "acme", "stream": "s"} x', b"[" * 100_000, b'{"tenant": "\\ud800", "stream": "s"}', b"nul"],
+    [
+        b"",
+        None,
+        b"{",
+        b'{"tenant": "acme"',
+        b"\xff",
+        b'{"tenant": "acme", "stream": "s"} x',
+        b"[" * 100_000,
+        b'{"tenant": "\\ud800", "stream": "s"}',
+        b"nul",
+    ],
     ids=["empty", "null", "brace", "cut", "no UTF-8", "two documents", "deep", "lone surrogate", "word"],
 )
 def test_malformed_json_is_a_dead_letter_where_a_pointer_needs_it(shared: World, value: bytes | None) -> None:

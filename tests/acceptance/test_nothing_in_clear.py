@@ -28,7 +28,12 @@ def found_in(files: dict[str, bytes], secrets_by_name: dict[str, bytes]) -> set[
 
 def dump(world: World) -> bytes:
     """All rows of all tables as text, as pg_dump would write them."""
-    tables = [row[0] for row in world.sql("SELECT quote_ident(relname) FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace WHERE relkind = 'r' AND nspname = 'public'")]
+    tables = [
+        row[0]
+        for row in world.sql(
+            "SELECT quote_ident(relname) FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace WHERE relkind = 'r' AND nspname = 'public'"
+        )
+    ]
     lines = [str(row[0]) for table in tables for row in world.sql(f"SELECT x::text FROM {table} x")]
     return "\n".join(lines).encode()
 

@@ -38,7 +38,7 @@ async def under_traffic(world: World, events: int, per_second: float) -> AsyncIt
         await until(world.stored, 30, "a stores")
         yield a
         await traffic
-        await world.settled(120)
+        await world.settled(40)
         assert a.process.poll() is None
         assert a.stop() == 0
     await world.check()

@@ -14,14 +14,27 @@ def test_a_policy_change_is_live_with_the_next_events_and_audited(world: World) 
         world.event(world.topic("in"), b"before", stream=stream)
     world.settle()
     file = world.folder / "policies.yaml"
-    file.write_text(json.dumps([{"class": "CartData", "tenant": "acme", "encrypt": True, "algorithm": "ChaCha20-Poly1305", "key_scope": "class"}, {"class": "Aes", "encrypt": False}]))
+    file.write_text(
+        json.dumps(
+            [
+                {"class": "CartData", "tenant": "acme", "encrypt": True, "algorithm": "ChaCha20-Poly1305", "key_scope": "class"},
+                {"class": "Aes", "encrypt": False},
+            ]
+        )
+    )
     changed = world.json("policy", "apply", str(file))
-    assert {(row["tenant_id"], row["stream_type_class"], row["encryption_required"]) for row in changed} == {("acme", "CartData", True), ("*", "Aes", False)}
+    assert {(row["tenant_id"], row["stream_type_class"], row["encryption_required"]) for row in changed} == {
+        ("acme", "CartData", True),
+        ("*", "Aes", False),
+    }
     assert world.json("policy", "apply", str(file)) == []  # again: nothing changes
     for tenant, stream in (("acme", "cart-1"), ("acme", "cart-2"), ("globex", "cart-1"), ("acme", "aes-1"), ("acme", "aes-2")):
         world.event(world.topic("in"), b"after", tenant=tenant, stream=stream)
     world.settle()
-    sealed = {(r["tenant_id"], r["stream_id"], r["stream_position"]): r["sealed"] for r in world.sql("SELECT *, data_encrypted IS NOT NULL AS sealed FROM messages")}
+    sealed = {
+        (r["tenant_id"], r["stream_id"], r["stream_position"]): r["sealed"]
+        for r in world.sql("SELECT *, data_encrypted IS NOT NULL AS sealed FROM messages")
+    }
     assert sealed == {
         ("acme", "cart-1", 1): False,
         ("acme", "cart-1", 2): True,  # encrypted from here on
@@ -34,13 +47,17 @@ def test_a_policy_change_is_live_with_the_next_events_and_audited(world: World) 
     rows = world.events("acme") + world.events("globex")
     assert {row["status"] for row in rows} == {"ok"}
     assert world.value("SELECT encrypted_from_position FROM streams WHERE (tenant_id, stream_id) = ('acme', 'cart-1')") == 2
-    audited = [row["details"]["policies"] for row in world.sql("SELECT details FROM audit_log WHERE action = 'change_policies' ORDER BY at DESC LIMIT 1")]
+    audited = [
+        row["details"]["policies"] for row in world.sql("SELECT details FROM audit_log WHERE action = 'change_policies' ORDER BY at DESC LIMIT 1")
+    ]
     assert {policy["class"] for policy in audited[0]} == {"CartData", "Aes"}
     assert all(entry["ok"] for entry in world.json("audit", "verify"))
 
 
 def test_the_four_default_policies_are_there(world: World) -> None:
-    found = {r["stream_type_class"]: (r["tenant_id"], r["encryption_required"], r["key_rotation_interval_days"]) for r in world.json("policy", "list")}
+    found = {
+        r["stream_type_class"]: (r["tenant_id"], r["encryption_required"], r["key_rotation_interval_days"]) for r in world.json("policy", "list")
+    }
     assert found == {
         "UserPersonalData": ("*", True, 90),
         "AuditLog": ("*", True, 365),
@@ -50,7 +67,9 @@ def test_the_four_default_policies_are_there(world: World) -> None:
 
 
 def test_explain_says_why(make_world: Callable[..., World]) -> None:
-    world = make_world(policies={"unmatched": "refuse", "install": [{"class": "Aes", "key_scope": "class"}, {"class": "Aes", "tenant": "acme", "encrypt": False}]})
+    world = make_world(
+        policies={"unmatched": "refuse", "install": [{"class": "Aes", "key_scope": "class"}, {"class": "Aes", "tenant": "acme", "encrypt": False}]}
+    )
     world.run()
     world.settle()
 
@@ -108,7 +127,9 @@ def test_views_match_by_topic_class_and_tenant_and_key_by_their_mode(make_world:
     assert shown("none") == set()
 
 
-def test_topics_plan_and_apply_create_views_with_what_erasure_needs_and_change_nothing_that_stands(make_world: Callable[..., World], unique: Callable[[str], str]) -> None:
+def test_topics_plan_and_apply_create_views_with_what_erasure_needs_and_change_nothing_that_stands(
+    make_world: Callable[..., World], unique: Callable[[str], str]
+) -> None:
     name = unique("v")
     world = make_world(views=[{"name": "v", "topic": name, "partitions": 5, "retention": "3d", "erase_within": "30m"}])
     topics = {name, world.settings.control.topic, world.settings.control.receipts, world.settings.dead_letters.topic}

@@ -78,13 +78,19 @@ def strays(world: World, scope: Scope, receipt: dict[str, Any]) -> list[str]:
     for row in world.events(scope.tenant):
         if of_scope(scope, scope.tenant, row["stream_id"], classes[row["stream_id"]]) and row["status"] != "erased":
             found.append(f"{row['stream_id']}/{row['position']} reads {row['status']}")
-    after = world.sql("SELECT stream_id, count(*) FROM messages WHERE tenant_id = $1 AND created_at > $2::text::timestamptz GROUP BY 1", scope.tenant, receipt["inaccessible_at"])
+    after = world.sql(
+        "SELECT stream_id, count(*) FROM messages WHERE tenant_id = $1 AND created_at > $2::text::timestamptz GROUP BY 1",
+        scope.tenant,
+        receipt["inaccessible_at"],
+    )
     found += [f"{n} events of {stream} stored later" for stream, n in after if of_scope(scope, scope.tenant, stream, classes[stream])]
     if scope.kind is ScopeKind.TENANT:
         keys = world.value("SELECT count(*) FROM tenant_keys WHERE tenant_id = $1 AND wrapped IS NOT NULL", scope.tenant)
     else:
         ids = [s for s, c in classes.items() if of_scope(scope, scope.tenant, s, c)] + [scope.id]
-        keys = world.value("SELECT count(*) FROM encryption_keys WHERE tenant_id = $1 AND scope_id = ANY ($2) AND key_material IS NOT NULL", scope.tenant, ids)
+        keys = world.value(
+            "SELECT count(*) FROM encryption_keys WHERE tenant_id = $1 AND scope_id = ANY ($2) AND key_material IS NOT NULL", scope.tenant, ids
+        )
     return found + [f"{keys} live keys"] * bool(keys)
 
 
@@ -287,10 +293,21 @@ def test_writes_after_a_shred_are_refused_and_audited_and_make_no_key(world: Wor
     for tenant, stream in (("acme", "aes-1"), ("acme", "cart-1"), ("globex", "aes-1"), ("globex", "aes-2"), ("globex", "class-1")):
         world.event(world.topic("in"), b"v", tenant=tenant, stream=stream)
     world.settle()
-    for scope in (Scope.of_tenant("acme"), *(Scope(tenant="globex", kind=k, id=i) for k, i in ((ScopeKind.STREAM, "aes-1"), (ScopeKind.CLASS, "PerClass")))):
+    for scope in (
+        Scope.of_tenant("acme"),
+        *(Scope(tenant="globex", kind=k, id=i) for k, i in ((ScopeKind.STREAM, "aes-1"), (ScopeKind.CLASS, "PerClass"))),
+    ):
         assert world.carry_out("shred", scope)["status"] == "inaccessible"
     before = world.value("SELECT count(*) FROM encryption_keys"), world.value("SELECT count(*) FROM tenant_keys")
-    late = [("acme", "aes-1"), ("acme", "aes-new"), ("acme", "cart-1"), ("acme", "cart-new"), ("globex", "aes-1"), ("globex", "class-1"), ("globex", "class-new")]
+    late = [
+        ("acme", "aes-1"),
+        ("acme", "aes-new"),
+        ("acme", "cart-1"),
+        ("acme", "cart-new"),
+        ("globex", "aes-1"),
+        ("globex", "class-1"),
+        ("globex", "class-new"),
+    ]
     for tenant, stream in [*late, ("globex", "aes-2")]:
         world.event(world.topic("in"), b"late", tenant=tenant, stream=stream)
     world.settle()
@@ -334,7 +351,12 @@ def test_rotation_under_traffic_every_event_opens_and_the_old_version_seals_noth
         assert receipt["status"] == "done"
         last = world.value("SELECT max(global_position) FROM messages")
         for stream in STREAMS:
-            until(lambda s=stream: world.value("SELECT count(*) FROM messages WHERE tenant_id = 'acme' AND stream_id = $1 AND global_position > $2", s, last) > 20, "more")
+            until(
+                lambda s=stream: (
+                    world.value("SELECT count(*) FROM messages WHERE tenant_id = 'acme' AND stream_id = $1 AND global_position > $2", s, last) > 20
+                ),
+                "more",
+            )
     world.settle()
     assert {row["status"] for tenant in TENANTS for row in world.events(tenant)} == {"ok"}
     versions = version_of_each(world, last)

@@ -37,7 +37,10 @@ TAMPERED = {
     "a commitment of another key": WRAP.format("commitment = o.commitment", "acme", "aes-2"),
     "a byte of the wrap": "UPDATE encryption_keys SET key_material = set_byte(key_material, 20, 255 - get_byte(key_material, 20)) WHERE (tenant_id, scope_id) = ('acme', 'aes-1')",
 }  # fmt: skip
-FLIPPED = {f"header byte {n}": f"UPDATE messages SET data_encrypted = set_byte(data_encrypted, {n}, 255 - get_byte(data_encrypted, {n})) {ROW}" for n in range(38)}
+FLIPPED = {
+    f"header byte {n}": f"UPDATE messages SET data_encrypted = set_byte(data_encrypted, {n}, 255 - get_byte(data_encrypted, {n})) {ROW}"
+    for n in range(38)
+}
 
 
 @pytest.fixture

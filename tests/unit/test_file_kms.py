@@ -36,7 +36,7 @@ async def test_missing_or_another_key_file_is_unavailable_and_never_erased(key_f
     key_file.unlink()  # noqa: ASYNC240
     with pytest.raises(KmsUnavailable):
         await kms.unwrap(wrapped, b"", version)
-    with pytest.raises(KmsUnavailable):
+    with pytest.raises(ConfigurationError, match="init"):  # at start it is a mistake to mend
         await kms.check()
     create_key_file(key_file)
     with pytest.raises(KmsUnavailable, match="holds key version"):
