@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from aiohttp import web
 
 from sidecar import policies, telemetry, topics
-from sidecar.core.errors import ConfigurationError
+from sidecar.core.errors import ConfigurationError, StoreUnavailable
 from sidecar.core.extract import Extractor
 from sidecar.core.policy import Classifier
 from sidecar.event_store import Ciphers
@@ -129,7 +129,8 @@ class DataPlane:
             await self.source.subscribe([s.topic for s in self.settings.sources])
             await self.pipeline.run(self.source, stop)
             await self.source.close()
-            await ports.session.stop()
+            with suppress(StoreUnavailable):  # then this instance counts as one that died: the next shred fences it
+                await ports.session.stop()
         finally:
             upkeep.cancel()
             with suppress(asyncio.CancelledError):

@@ -153,6 +153,8 @@ class Pipeline:
         self._types: dict[bytes, bytes] = {}
         self._tenants_seen: dict[tuple[str, bytes], str] = {}
         self._batches = 0
+        self._attempts = 0
+        """Recoveries since the last batch that was committed."""
 
     # ── rebalance and news from outside ─────────────────────────────────────────────────────────────────────────────
 
@@ -284,15 +286,14 @@ class Pipeline:
         The order matters: the guard's locks are given up only after `reopen` has ended the transaction that they covered.
         """
         self._recovering = True
-        attempt = 0
         while not stop.is_set():
             try:
                 if error is not None:
                     self.ready = (False, f"waiting: {error}")
                     telemetry.retries.labels(type(error).__name__).inc()
-                    telemetry.log.warning("waiting", extra={"action": "recover", "error": error, "attempt": attempt})
-                    await self._pause(BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)])
-                    attempt += 1
+                    telemetry.log.warning("waiting", extra={"action": "recover", "error": error, "attempt": self._attempts})
+                    await self._pause(BACKOFF_SECONDS[min(self._attempts, len(BACKOFF_SECONDS) - 1)])
+                    self._attempts += 1
                 await self._abandon()
                 await self.ports.producer.reopen()
                 await self.ports.session.open()
@@ -651,6 +652,7 @@ class Pipeline:
         return kept + [self._dead_letter_record(*at, "view_too_large", None) for at in sorted(refused)]
 
     def _count(self, work: Work, store_seconds: float, project_seconds: float) -> None:
+        self._attempts = 0
         telemetry.batch_seconds.labels("store").observe(store_seconds)
         telemetry.batch_seconds.labels("project").observe(project_seconds)
         telemetry.events_stored.labels("encrypted").inc(work.sealed)

@@ -18,7 +18,7 @@ from sidecar.core.policy import ClassRule, Policy
 ENV_PREFIX = "SIDECAR_"
 CONFIG_ENV = "SIDECAR_CONFIG"
 # Variables under the prefix that are not settings: where the file is, and the test set-up's own.
-_NOT_SETTINGS = ("CONFIG", "TEST_", "DEV_")
+_NOT_SETTINGS = ("CONFIG", "CAMPAIGN", "TEST_", "DEV_")
 
 
 class _Section(BaseModel):

@@ -21,7 +21,16 @@ from sidecar.postgres.keystore import load_policies
 from sidecar.settings import PolicySpec, Settings
 
 app = typer.Typer(help="Encryption policies.", no_args_is_help=True)
-_COLUMNS = ("policy_id", "tenant_id", "stream_type_class", "encryption_required", "encryption_algorithm", "key_scope", "key_rotation_interval_days", "version")
+_COLUMNS = (
+    "policy_id",
+    "tenant_id",
+    "stream_type_class",
+    "encryption_required",
+    "encryption_algorithm",
+    "key_scope",
+    "key_rotation_interval_days",
+    "version",
+)
 
 
 async def _rows(settings: Settings) -> list[dict[str, Any]]:
@@ -57,7 +66,9 @@ def apply(context: typer.Context, file: Annotated[Path, typer.Argument(help="YAM
     except (yaml.YAMLError, ValidationError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"msg": "no YAML", "loc": ()}
         where = f"{file}: {'.'.join(str(part) for part in first['loc'])}"
-        raise ConfigurationError(str(first["msg"]), where=where, mend="a list of {class, tenant, encrypt, algorithm, key_scope, rotation_days}") from None
+        raise ConfigurationError(
+            str(first["msg"]), where=where, mend="a list of {class, tenant, encrypt, algorithm, key_scope, rotation_days}"
+        ) from None
 
     async def main() -> list[dict[str, Any]]:
         async with connected(here.settings.postgres.for_role("control")) as connection:
@@ -103,7 +114,9 @@ async def _explain(settings: Settings, topic: str, headers: dict[str, bytes], ke
         loaded = await load_policies(connection, settings.policies.unmatched)
     stream_class = known["stream_type_class"] if known else rule.stream_class if rule else "unclassified"
     because = ["the stream has this class since its first event" if known else f"class rule {rule}" if rule else "no class rule matches"]
-    return {"tenant": who.tenant, "stream": who.stream, "type": who.type, "class": stream_class} | _outcome(loaded, who.tenant, stream_class, known, because)
+    return {"tenant": who.tenant, "stream": who.stream, "type": who.type, "class": stream_class} | _outcome(
+        loaded, who.tenant, stream_class, known, because
+    )
 
 
 async def _known_stream(connection: Connection, tenant: str, stream: str) -> Any:

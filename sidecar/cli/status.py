@@ -27,7 +27,9 @@ async def _status(here: Cli) -> dict[str, Any]:
         with mapped():
             instances = await connection.fetch("SELECT instance_id, state, heartbeat_at FROM instances ORDER BY 1")
             leases = await connection.fetch(_LEASES)
-            pending = await connection.fetch("SELECT command_id, op, tenant_id, status, step FROM commands WHERE finished_at IS NULL ORDER BY received_at")
+            pending = await connection.fetch(
+                "SELECT command_id, op, tenant_id, status, step FROM commands WHERE finished_at IS NULL ORDER BY received_at"
+            )
             due = await connection.fetchval(_DUE)
             tenants = await connection.fetch("SELECT state, count(*) AS tenants FROM tenants GROUP BY state ORDER BY state")
     return {

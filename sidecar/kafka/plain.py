@@ -38,7 +38,8 @@ def follow(settings: Settings, topic: str, *, from_beginning: bool) -> Iterator[
         raise ConfigurationError(f"there is no topic {topic}", where="the broker", mend="`sidecar topics apply` creates views; check the name")
     consumer = Consumer(
         client_config(
-            settings, **{"group.id": "sidecar.subscribe", "enable.auto.commit": False, "auto.offset.reset": "earliest", "isolation.level": "read_committed"}
+            settings,
+            **{"group.id": "sidecar.subscribe", "enable.auto.commit": False, "auto.offset.reset": "earliest", "isolation.level": "read_committed"},
         )
     )
     low, high = Admin(settings).offsets({topic: found.partitions}, end=False), Admin(settings).offsets({topic: found.partitions})

@@ -52,7 +52,9 @@ async def receipt_ms(settings: Settings, connection: Any, producer: Producer, op
     producer.produce(settings.control.topic, value, scope.tenant.encode())
     producer.flush(10)
     while True:
-        row = await connection.fetchrow("SELECT status, created_at FROM receipts WHERE command_id = $1 AND status = ANY ($2)", command_id, [final, "rejected", "failed"])
+        row = await connection.fetchrow(
+            "SELECT status, created_at FROM receipts WHERE command_id = $1 AND status = ANY ($2)", command_id, [final, "rejected", "failed"]
+        )
         if row is not None:
             break
         await asyncio.sleep(0.002)
@@ -82,7 +84,7 @@ async def latencies(bench: Bench, shreds: int, large: int) -> dict[str, Any]:
     try:
         await _until_ready(control)
         async with connected(dsn) as connection:
-            while await connection.fetchval("SELECT count(*) FROM tenants") < shreds + 1:
+            while await connection.fetchval("SELECT count(*) FROM tenants") < shreds + 1:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
             return await _measure(settings, connection, bench, shreds)
     finally:
