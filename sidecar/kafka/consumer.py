@@ -67,7 +67,13 @@ class KafkaSource:
         self._paused: set[Partition] = set()
         self._patterns: list[str] = []
         self._dead, self._died = False, float("-inf")
+        self._fatal_error: KafkaError | None = None
         self._consumer = self._create(classic=settings.kafka.group_protocol != "consumer")
+
+    def _heard(self, error: KafkaError) -> None:
+        """Client-wide news. A batch call returns empty after a fatal error for ever and does not say why: this does."""
+        if error.fatal() or error.code() == KafkaError._FATAL:
+            self._fatal_error = error
 
     def _create(self, *, classic: bool) -> Consumer:
         # Classic, static membership: a killed instance comes back at once under its instance id. Under KIP-848 the broker
@@ -89,6 +95,7 @@ class KafkaSource:
                     "fetch.message.max.bytes": int(self._settings.limits.max_record_bytes),
                     "topic.metadata.refresh.interval.ms": 5_000,
                     "allow.auto.create.topics": False,
+                    "error_cb": self._heard,
                 }
                 | protocol
                 | dict(self._settings.kafka.client),
@@ -124,7 +131,10 @@ class KafkaSource:
                 received = self._consumer.consume(batch.max_records, batch.max_wait_ms / 1000)
             except KafkaException as error:
                 raise self._fatal(error.args[0]) from None
-            # right behind consume, in its thread: no rebalance callback can run in between
+            if not received and (single := self._consumer.poll(0)) is not None:  # serves callbacks that a batch call leaves waiting
+                received = [single]
+            self._check_fatal()
+            # right behind consume and poll, in their thread: no rebalance callback can run in between
             self._metadata = self._consumer.consumer_group_metadata()
             self._split(received, int(batch.max_bytes))
         return Batch(self._waiting.popleft() if self._waiting else [], self._metadata, self._rewinds)
@@ -146,6 +156,11 @@ class KafkaSource:
         if part:
             self._waiting.append(part)
 
+    def _check_fatal(self) -> None:
+        error, self._fatal_error = self._fatal_error, None
+        if error is not None:
+            raise self._fatal(error)
+
     def _check(self, error: KafkaError) -> None:
         """Most errors are news that the client acts on by itself; a fatal one ends it."""
         if error.fatal() or error.code() in (KafkaError._FATAL, KafkaError.FENCED_INSTANCE_ID):
@@ -156,6 +171,7 @@ class KafkaSource:
         within a minute it is another process."""
         if error.fatal() or error.code() in (KafkaError._FATAL, KafkaError.FENCED_INSTANCE_ID):
             now = time.monotonic()
+            self._fatal_error = None
             first = self._dead or now - self._died > FENCED_AGAIN_SECONDS
             self._dead, self._died = True, now
             if first:
@@ -181,6 +197,7 @@ class KafkaSource:
             message = self._consumer.poll(min(left, POLL_SECONDS))
             if message is not None and (error := message.error()) is not None:
                 self._check(error)
+            self._check_fatal()
 
     def _join_again(self) -> None:
         """A new client in place of one that met a fatal error; what that one was assigned is lost."""

@@ -18,8 +18,10 @@ from sidecar.kafka.client import FENCED_CODES, OutcomeUnknown, ProducerFenced, c
 from sidecar.kafka.consumer import Partition
 from sidecar.settings import Settings
 
-COMMIT_SECONDS = 30.0
+COMMIT_SECONDS = 10.0
+"""After a broker was killed a transaction can hang; `reopen` settles it, so waiting longer only delays."""
 INIT_SECONDS = 10.0
+EMIT_SECONDS = 12.0
 
 
 class Outgoing(NamedTuple):
@@ -66,6 +68,7 @@ class TransactionalProducer:
                     "transactional.id": self._id,
                     "enable.idempotence": True,
                     "acks": "all",
+                    "transaction.timeout.ms": 20_000,
                     "linger.ms": 5,
                     "batch.num.messages": 10_000,
                     "queue.buffering.max.messages": 500_000,
@@ -84,7 +87,14 @@ class TransactionalProducer:
 
     async def emit(self, records: Iterable[Outgoing], offsets: Mapping[Partition, int], group_metadata: Any) -> None:
         """One transaction: all of it is visible to a read_committed consumer, or none."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._emit, records, offsets, group_metadata)
+        emitting = asyncio.get_running_loop().run_in_executor(self._thread, self._emit, records, offsets, group_metadata)
+        try:
+            await asyncio.wait_for(emitting, EMIT_SECONDS)
+        except TimeoutError:
+            # librdkafka's calls outlast their own timeouts when the broker was killed under them: that producer is left to its thread,
+            # and the next one fences it
+            self._thread, self._producer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kafka-views"), None
+            raise OutcomeUnknown("Kafka: a transaction hangs") from None
 
     def _emit(self, records: Iterable[Outgoing], offsets: Mapping[Partition, int], group_metadata: Any) -> None:
         producer = self._producer
