@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -193,6 +194,9 @@ async def run_data_plane(settings: Settings, instance_id: str) -> None:
     finally:
         announce.cancel()
         await http.cleanup()
+    if plane.pipeline.ports.producer.left_behind:
+        # all is settled and closed; Python would wait for a thread that librdkafka does not give back
+        os._exit(0)
 
 
 async def _announce(pipeline: Pipeline, http: web.AppRunner) -> None:

@@ -51,6 +51,8 @@ class TransactionalProducer:
         self._settings, self._id = settings, settings.transactional_id(instance_id)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kafka-views")
         self._producer: Producer | None = None
+        self.left_behind = 0
+        """Threads that a call of librdkafka may still hold."""
 
     async def reopen(self) -> None:
         """A new producer: whatever an older one with this id had open is ended when this returns."""
@@ -94,6 +96,7 @@ class TransactionalProducer:
             # librdkafka's calls outlast their own timeouts when the broker was killed under them: that producer is left to its thread,
             # and the next one fences it
             self._thread, self._producer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kafka-views"), None
+            self.left_behind += 1
             raise OutcomeUnknown("Kafka: a transaction hangs") from None
 
     def _emit(self, records: Iterable[Outgoing], offsets: Mapping[Partition, int], group_metadata: Any) -> None:
