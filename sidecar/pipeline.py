@@ -630,6 +630,9 @@ class Pipeline:
         for row in work.stored_rows:
             if work.ciphers is None:
                 break
+            tenant = work.tenants.get(row["tenant_id"])
+            if tenant is None or tenant.refusal or row["stream_type_class"] in tenant.erased_classes:
+                continue  # shredded meanwhile: its plain events have no view record beyond the barrier either
             try:
                 event = open_row(row, work.ciphers)
             except KeyShredded:

@@ -18,7 +18,7 @@ from tests.acceptance import harness
 from tests.acceptance.harness import Instance, World, plane, until
 
 KILLS, EVENTS = (30, 100_000) if harness.CAMPAIGN else (6, 20_000)
-REBALANCES = 50 if harness.CAMPAIGN else 4
+REBALANCES = 50 if harness.CAMPAIGN else 2
 # A dead or frozen member's partitions go to the other instance within two seconds, and a rebalance is heard of at once.
 IMPATIENT: dict[str, Any] = {"client": {"session.timeout.ms": 2000, "heartbeat.interval.ms": 200}}
 
