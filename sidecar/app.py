@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import resource
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -130,8 +131,9 @@ class DataPlane:
             await self.source.subscribe([s.topic for s in self.settings.sources])
             await self.pipeline.run(self.source, stop)
             await self.source.close()
-            with suppress(StoreUnavailable):  # then this instance counts as one that died: the next shred fences it
-                await ports.session.stop()
+            if self.pipeline.ready[0]:  # else a transaction may be open: as one that died, the next shred fences this instance
+                with suppress(StoreUnavailable):
+                    await ports.session.stop()
         finally:
             upkeep.cancel()
             with suppress(asyncio.CancelledError):
@@ -183,6 +185,7 @@ async def compose(settings: Settings, instance_id: str, *, pipeline_of: Callable
 async def run_data_plane(settings: Settings, instance_id: str) -> None:
     """`sidecar run`: until SIGTERM or SIGINT, then gracefully."""
     telemetry.start_logging()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold keys
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)

@@ -273,6 +273,7 @@ class Pipeline:
         try:
             await self._settle(None)
         except (SidecarError, Redo) as error:
+            self.ready = (False, "stopped without knowing how the last batch ended")
             telemetry.log.warning("the last batch was not finished; the next start resumes it", extra={"action": "stop", "error": error})
         self._recovering = True
         if self._fetching is not None:
