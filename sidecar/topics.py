@@ -1,6 +1,5 @@
 """The topics that the product needs, as they are and as they should be; views on record with their partition counts."""
 
-import time
 from typing import Any
 
 from sidecar.core.errors import ConfigurationError
@@ -9,8 +8,6 @@ from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
 from sidecar.settings import Settings
 from sidecar.views import View, topic_config
-
-VISIBLE_SECONDS = 10.0
 
 
 def wanted(settings: Settings) -> dict[str, tuple[int, dict[str, str]]]:
@@ -50,15 +47,7 @@ def apply(settings: Settings, admin: Admin) -> list[dict[str, Any]]:
         if row["action"] == "create":
             made = admin.create(row["topic"], row["partitions"], row["config"])
             row["action"] = "created" if made else "none"
-    _wait_until_known(admin, [row["topic"] for row in rows])
     return rows
-
-
-def _wait_until_known(admin: Admin, names: list[str]) -> None:
-    """A topic is made by the controller; a broker describes it a moment later."""
-    until = time.monotonic() + VISIBLE_SECONDS
-    while len(admin.describe(names)) < len(set(names)) and time.monotonic() < until:
-        time.sleep(0.05)
 
 
 async def record_views(connection: Connection, settings: Settings, found: dict[str, int]) -> list[View]:
