@@ -3,13 +3,13 @@
     Inbox      (inbox.py) a control record becomes a row of the inbox and a receipt in the outbox; after that it may be acked
     Executor   the one process that holds the deployment's lock works off the inbox: per tenant one after another, tenants side by side
     Outbox     publishes receipts in order; after a crash it looks on the topic for what was published, so none is there twice
-    Timer      puts rotations that are due by age into the inbox, as commands of its own
+    timers     put rotations that are due by age into the inbox, as commands of their own, and whatever else `_timers` lists
 
 What cannot be reached is waited for, with growing pauses and for ever: nothing is lost, and no tenant waits for another's trouble.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -28,8 +28,10 @@ from sidecar.postgres import audit, commands, guard, migrations
 from sidecar.postgres.commands import Job, Unpublished
 from sidecar.postgres.connection import Connection, Pool, connect, open_pool, refuse_transaction_pooling, transaction
 from sidecar.postgres.guard import Backend
+from sidecar.rotation import Rotation
 from sidecar.settings import Settings
-from sidecar.shredding import FINISHED, WRITER, Shredding, SystemClock, failpoint
+from sidecar.shredding import Shredding
+from sidecar.steps import FINISHED, WRITER, Flow, Steps, SystemClock, failpoint
 
 AT_ONCE: Final = 4
 """Commands carried out side by side, of different tenants."""
@@ -40,8 +42,8 @@ POLL_SECONDS: Final = 1.0
 class Executor:
     """Works off the inbox. One task per tenant that has something to do; at most AT_ONCE of them take a step at a time."""
 
-    def __init__(self, pool: Pool, shredding: Shredding, wake_outbox: Callable[[], None]) -> None:
-        self._pool, self._shredding, self._wake_outbox = pool, shredding, wake_outbox
+    def __init__(self, pool: Pool, flows: Mapping[str, Flow], wake_outbox: Callable[[], None]) -> None:
+        self._pool, self._flows, self._wake_outbox = pool, flows, wake_outbox
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._tenants: dict[str, asyncio.Task[None]] = {}
         self.wake = asyncio.Event()
@@ -103,7 +105,7 @@ class Executor:
         while job.step != FINISHED:
             before = job
             try:
-                job = await self._shredding.step(job, command)
+                job = await self._flows[job.op].step(job, command)
             except CommandRejected as error:
                 return await self._give_up(before, error, "rejected", command)
             if job.step in ("inaccessible", FINISHED):
@@ -302,11 +304,13 @@ class ControlPlane:
 
     async def _work(self, lock: Connection) -> None:
         """Executor, outbox, timer; returns when the session of the lock is gone, raises what one of them raises."""
-        shredding = Shredding(self._pool, self._admin, ViewWriter(self._settings), self._clock)
+        steps = Steps(self._pool, self._admin, self._clock)
+        flows: dict[str, Flow] = {"shred": Shredding(steps, ViewWriter(self._settings)), "rotate": Rotation(steps)}
         self._outbox = Outbox(self._pool, ReceiptPublisher(self._settings))
-        self._executor = Executor(self._pool, shredding, self._wake_outbox)
+        self._executor = Executor(self._pool, flows, self._wake_outbox)
         await lock.add_listener(commands.CHANNEL, lambda *_: self._wake_executor())
-        work = [self._executor.run(), self._outbox.run(), self._time(), self._watch(lock)]
+        timers = [self._again(name, seconds, act) for name, (seconds, act) in self._timers().items()]
+        work = [self._executor.run(), self._outbox.run(), self._watch(lock), *timers]
         tasks = [asyncio.create_task(part) for part in work]
         self._state, self._trouble = "active", None
         self.settled.set()
@@ -334,14 +338,21 @@ class ControlPlane:
                 return
             await asyncio.sleep(0.5)
 
-    async def _time(self) -> None:
+    def _timers(self) -> dict[str, tuple[float, Callable[[], Awaitable[object]]]]:
+        """What is done again and again while leading: name → seconds between, and what. Each runs in a task of its own."""
+        return {"rotate": (self._timer_seconds, self._rotate_what_is_due)}
+
+    async def _rotate_what_is_due(self) -> None:
+        if await schedule_rotations(self._settings, self._pool, self._clock):
+            self._wake_executor()
+
+    async def _again(self, name: str, seconds: float, act: Callable[[], Awaitable[object]]) -> None:
         while True:
             try:
-                if await schedule_rotations(self._settings, self._pool, self._clock):
-                    self._wake_executor()
+                await act()
             except SidecarError as error:
-                telemetry.log.warning("the rotation timer waits", extra={"action": "rotate", "error": error})
-            await asyncio.sleep(self._timer_seconds)
+                telemetry.log.warning("a timer waits", extra={"action": name, "error": error})
+            await asyncio.sleep(seconds)
 
 
 def create_topics(admin: Admin, settings: Settings) -> None:

@@ -21,7 +21,7 @@ from sidecar.ports import Clock
 from sidecar.postgres import audit, commands
 from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.settings import Settings
-from sidecar.shredding import WRITER, failpoint
+from sidecar.steps import WRITER, failpoint
 
 
 class Backoff:

@@ -14,6 +14,7 @@ from hashlib import sha256
 from typing import Any
 
 from sidecar.core.aead import lp, u64
+from sidecar.core.model import Scope
 
 GENESIS = bytes(32)
 
@@ -36,6 +37,11 @@ class AuditRow:
 def tenant_ref(tenant: str) -> bytes:
     """A tenant's pseudonym in the trail: 16 bytes, the same in every deployment."""
     return sha256(lp(b"ks/tenant-ref/v1", tenant.encode())).digest()[:16]
+
+
+def scope_ref(scope: Scope) -> bytes:
+    """A scope's pseudonym in trail and ledger: 16 bytes; a scope's id may be a person's name."""
+    return sha256(lp(b"ks/scope-ref/v1", scope.tenant.encode(), scope.kind.encode(), scope.id.encode())).digest()[:16]
 
 
 def link(prev: bytes, *, writer: str, seq: int, at: datetime, action: str, actor: str, tenant_ref: bytes | None, details: dict[str, Any]) -> AuditRow:

@@ -26,7 +26,7 @@ from sidecar.kafka.client import client_config
 from sidecar.postgres import audit, commands, migrations
 from sidecar.postgres.connection import Connection, connect, open_pool
 from sidecar.settings import Settings, load
-from sidecar.shredding import FINISHED, Shredding, SystemClock
+from sidecar.steps import FINISHED, SystemClock
 from sidecar.testing import control_plane as kit
 from sidecar.testing.local_stack import LocalStack
 
@@ -528,7 +528,7 @@ async def _answers(connection: Connection) -> bool:
 async def test_a_tenant_whose_command_waits_does_not_hold_up_another(world: World) -> None:
     """More stuck tenants than there are slots, and one that is not."""
 
-    class Stuck(Shredding):
+    class Stuck:
         async def step(self, job: commands.Job, command: Any) -> commands.Job:
             if job.tenant.startswith("stuck"):
                 raise BrokerUnavailable
@@ -542,7 +542,7 @@ async def test_a_tenant_whose_command_waits_does_not_hold_up_another(world: Worl
         await kit.seed(world.database, tenant, {})
         _, value = kit.command(world.settings, "rotate", Scope.of_tenant(tenant))
         await inbox.receive(ControlRecord(value=value, source=f"c/0/{number}"))
-    executor = Executor(pool, Stuck(pool, None, None, SystemClock()), lambda: None)  # type: ignore[arg-type]
+    executor = Executor(pool, {"rotate": Stuck()}, lambda: None)
     running = asyncio.create_task(executor.run())
     async with asyncio.timeout(10):
         while await world.database.fetchval("SELECT count(*) FROM commands WHERE finished_at IS NOT NULL") < 1:

@@ -1,0 +1,59 @@
+-- Migration 2: what a shred leaves to do and to show. kind: expand
+-- Everything here is the control plane's; the data plane reads seal_epochs, erased_refs and shred_barriers.
+
+-- ── seal epochs ─────────────────────────────────────────────────────────────────────────────────────────────────────
+CREATE TABLE seal_epochs (                       -- a version of a KMS key, or one of successive keys, that wraps tenant keys
+  kms_uri TEXT NOT NULL, kms_key_version TEXT NOT NULL,
+  state TEXT NOT NULL DEFAULT 'active' CHECK (state IN ('active','retiring','retired','destroying','destroyed')),
+  tenant_id TEXT,                                -- of a dedicated key: whose
+  created_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+  retiring_at TIMESTAMPTZ, retired_at TIMESTAMPTZ,               -- no new KEK under it; no surviving KEK under it
+  backup_confirmed_at TIMESTAMPTZ, backup_confirmed_by TEXT,     -- a keystore backup from after retired_at exists
+  destroy_requested_at TIMESTAMPTZ, irrecoverable_at TIMESTAMPTZ, destroyed_at TIMESTAMPTZ,
+  PRIMARY KEY (kms_uri, kms_key_version)
+);
+
+-- ── shreds ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+CREATE TABLE quarantined_keys (                  -- within a grace: bytes that nobody may use, until they are destroyed
+  command_id UUID NOT NULL, tenant_id TEXT NOT NULL, generation INT NOT NULL, kek_version INT,
+  key_id UUID, key_version INT, wrapped BYTEA NOT NULL, until TIMESTAMPTZ NOT NULL
+);
+CREATE INDEX quarantined_keys_command ON quarantined_keys (command_id);
+
+CREATE TABLE residue (                           -- where copies outlive the keys: one job each, watched to its end
+  command_id UUID NOT NULL, kind TEXT NOT NULL, place TEXT NOT NULL,
+  state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending','done')),
+  until TIMESTAMPTZ,                             -- when it ends by itself; NULL: not known, or nobody set an end
+  details JSONB NOT NULL DEFAULT '{}', attempts INT NOT NULL DEFAULT 0, next_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+  created_at TIMESTAMPTZ NOT NULL DEFAULT now(), done_at TIMESTAMPTZ,
+  PRIMARY KEY (command_id, kind, place)
+);
+CREATE INDEX residue_pending ON residue (next_at) WHERE state = 'pending';
+
+-- ── ledger ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+CREATE TABLE ledger (                            -- the outbox of the ledger topic: shreds, holds, releases, readmissions
+  seq BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, entry_id UUID NOT NULL UNIQUE, command_id UUID NOT NULL,
+  envelope BYTEA NOT NULL, created_at TIMESTAMPTZ NOT NULL DEFAULT now(), published_at TIMESTAMPTZ
+);
+CREATE TABLE ledger_watermark (                  -- up to where this database has the ledger's entries, and which server it was on
+  only_row BOOLEAN PRIMARY KEY DEFAULT true CHECK (only_row),
+  offsets JSONB NOT NULL DEFAULT '{}', system_identifier TEXT, timeline INT, replayed_at TIMESTAMPTZ
+);
+INSERT INTO ledger_watermark DEFAULT VALUES;
+CREATE TABLE erased_refs (                       -- fences by pseudonym: of scopes that a restored database does not know (yet)
+  ref BYTEA PRIMARY KEY, tenant_ref BYTEA NOT NULL, scope_kind TEXT NOT NULL, command_id UUID NOT NULL, erased_at TIMESTAMPTZ NOT NULL
+);
+
+-- ── evidence ────────────────────────────────────────────────────────────────────────────────────────────────────────
+CREATE TABLE certificates (
+  certificate_id UUID PRIMARY KEY, command_id UUID NOT NULL, status TEXT NOT NULL, envelope BYTEA NOT NULL, salt BYTEA NOT NULL,
+  created_at TIMESTAMPTZ NOT NULL DEFAULT now()
+);
+CREATE INDEX certificates_command ON certificates (command_id, created_at);
+CREATE TABLE audit_checkpoints (                 -- signed heads of all chains; also on a topic, where nobody can take one back
+  checkpoint_id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, at TIMESTAMPTZ NOT NULL, heads JSONB NOT NULL, envelope BYTEA NOT NULL,
+  published_at TIMESTAMPTZ
+);
+
+-- ── who holds the guard ─────────────────────────────────────────────────────────────────────────────────────────────
+ALTER TABLE instances ADD COLUMN kind TEXT NOT NULL DEFAULT 'data';   -- data | worker | reader

@@ -1,0 +1,60 @@
+"""Signing keys at rest: Ed25519 as PEM files, the private one mode 0600."""
+
+import os
+import stat
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
+
+from sidecar.core.dsse import Signer
+from sidecar.core.errors import ConfigurationError
+
+
+def create_signing_key(path: Path) -> Signer:
+    """A new key pair: `path`, and `path`.pub beside it. Never over an existing one: raises FileExistsError."""
+    key = Ed25519PrivateKey.generate()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public_path(path).write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return Signer(key)
+
+
+def public_path(path: Path) -> Path:
+    """Where the public half of a private key's file stands."""
+    return path.with_name(path.name + ".pub")
+
+
+def load_signer(path: Path) -> Signer:
+    """Raises ConfigurationError: what, where, how to mend."""
+    try:
+        if stat.S_IMODE(path.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO):
+            raise ConfigurationError("others may read the signing key", where=str(path), mend="chmod 0600")
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        what = f"the signing key cannot be read: {getattr(error, 'strerror', None) or 'it is no PEM key'}"
+        raise ConfigurationError(what, where=str(path), mend="`sidecar issuer keygen FILE` writes one") from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigurationError("the signing key is not Ed25519", where=str(path), mend="`sidecar issuer keygen FILE` writes one")
+    return Signer(key)
+
+
+def load_public_key(path: Path) -> Ed25519PublicKey:
+    """Raises ConfigurationError."""
+    try:
+        key = load_pem_public_key(path.read_bytes())
+    except (OSError, ValueError) as error:
+        what = f"the public key cannot be read: {getattr(error, 'strerror', None) or 'it is no PEM key'}"
+        raise ConfigurationError(what, where=str(path), mend="name the .pub file of a signing key") from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise ConfigurationError("the public key is not Ed25519", where=str(path), mend="name the .pub file of a signing key")
+    return key
