@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
+from hashlib import sha256
+
+from sidecar.core.aead import lp
 
 
 class VersionState(StrEnum):
@@ -39,3 +42,8 @@ class KmsTraits:
     """What can still hold the key after that: said on certificates."""
     takes_aad: bool
     production: bool = True
+
+
+def dedicated_name(name: str, tenant: str) -> str:
+    """The name of a tenant's own key beside the common one: the tenant is not readable from it, and no two share one."""
+    return f"{name}-{sha256(lp(b'ks/kms-dedicated/v1', tenant.encode())).hexdigest()[:32]}"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.core.errors import AuthenticationFailed, ConfigurationError, KmsUnavailable
+from sidecar.core.errors import AuthenticationFailed, ConfigurationError, KeyShredded, KmsUnavailable
+from sidecar.core.kms import VersionState
 from sidecar.kms import open_kms
 from sidecar.kms.file import FileKms, create_key_file
 
@@ -39,7 +40,7 @@ async def test_missing_or_another_key_file_is_unavailable_and_never_erased(key_f
     with pytest.raises(ConfigurationError, match="init"):  # at start it is a mistake to mend
         await kms.check()
     create_key_file(key_file)
-    with pytest.raises(KmsUnavailable, match="holds key version"):
+    with pytest.raises(KmsUnavailable, match="holds no key version"):
         await kms.unwrap(wrapped, b"", version)
 
 
@@ -76,3 +77,57 @@ def test_uri_names_the_file_but_not_the_folder(key_file: Path) -> None:
 def test_provider_that_this_release_does_not_have_is_a_configuration_error(uri: str) -> None:
     with pytest.raises(ConfigurationError, match="no KMS provider"):
         open_kms(uri)
+
+
+async def test_destroyed_version_is_shredded_and_only_that_one(key_file: Path) -> None:
+    kms = FileKms(str(key_file))
+    old, first = await kms.wrap(b"old", b"")
+    second = await kms.add_version()
+    new, named = await kms.wrap(b"new", b"")
+    assert named == second == await kms.current() != first
+    assert (await kms.destroy(first)).state is VersionState.DESTROYED
+    with pytest.raises(KeyShredded):
+        await kms.unwrap(old, b"", first)
+    assert await kms.unwrap(new, b"", second) == b"new"
+    assert not key_file.exists()  # noqa: ASYNC240
+    said = await kms.version(first)
+    assert said.state is VersionState.DESTROYED
+    assert said.irrecoverable_at is not None
+    assert await kms.destroy(first) == said
+
+
+async def test_key_file_that_came_back_after_its_destruction_is_neither_used_nor_called_destroyed(key_file: Path) -> None:
+    """A restored backup, or a destruction that was cut short: the record is there and so is the file."""
+    kms = FileKms(str(key_file))
+    copy = key_file.read_bytes()  # noqa: ASYNC240
+    wrapped, version = await kms.wrap(b"payload", b"")
+    await kms.destroy(version)
+    create_key_file(key_file)
+    key_file.write_bytes(copy)  # noqa: ASYNC240
+    assert (await kms.version(version)).state is VersionState.PENDING
+    with pytest.raises(KmsUnavailable):
+        await kms.unwrap(wrapped, b"", version)
+    assert (await kms.destroy(version)).state is VersionState.DESTROYED
+    assert not key_file.exists()  # noqa: ASYNC240
+
+
+async def test_wrap_never_falls_back_to_a_version_before_the_destroyed_one(key_file: Path) -> None:
+    kms = FileKms(str(key_file))
+    await kms.destroy(await kms.add_version())
+    with pytest.raises(KmsUnavailable, match="add one"):
+        await kms.wrap(b"payload", b"")
+
+
+async def test_dedicated_key_is_the_tenants_alone_and_does_not_tell_whose(key_file: Path) -> None:
+    kms = FileKms(str(key_file))
+    acme, globex = await kms.dedicated("acme"), await kms.dedicated("globex")
+    assert len({acme.uri, globex.uri, kms.uri}) == 3
+    assert not any("acme" in name for name in os.listdir(key_file.parent))
+    wrapped, version = await acme.wrap(b"payload", b"")
+    assert await (await kms.dedicated("acme")).unwrap(wrapped, b"", version) == b"payload"
+    await acme.destroy(version)
+    with pytest.raises(KeyShredded):
+        await (await kms.dedicated("acme")).unwrap(wrapped, b"", version)
+    again, another = await (await kms.dedicated("acme")).wrap(b"readmitted", b"")
+    assert another != version
+    assert await acme.unwrap(again, b"", another) == b"readmitted"
