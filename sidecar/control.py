@@ -105,23 +105,29 @@ class Executor:
         while job.step != FINISHED:
             before = job
             try:
-                job = await self._flows[job.op].step(job, command)
+                job = await self._flow(job).step(job, command)
             except CommandRejected as error:
                 return await self._give_up(before, error, "rejected", command)
             if job.step in ("inaccessible", FINISHED):
                 self._wake_outbox()
         self._settled(job, "inaccessible" if job.op == "shred" and not command.dry_run else "done")
 
+    def _flow(self, job: Job) -> Flow:
+        if job.op not in self._flows:
+            raise CommandRejected("unsupported_op", f"this release does not carry out {job.op}")
+        return self._flows[job.op]
+
     async def _give_up(self, job: Job, error: CommandRejected, status: Any, command: Command | None) -> None:
         """The command is refused by what it found (or can no longer be read): a receipt says so, nothing was changed."""
         scope = command.scope.to_json() if command else None
         identity = receipt_id(job.command_id, status)
         body = receipt(
-            identity, command_id=job.command_id, op=job.op, scope=scope, status=status, error=error, accepted_at=job.facts.get("accepted_at")
-        )
+            identity, command_id=job.command_id, op=job.op, scope=scope, status=status, error=error,
+            accepted_at=job.facts.get("accepted_at"), **error.facts,
+        )  # fmt: skip
         async with transaction(self._pool) as connection:
             await commands.advance(connection, job, FINISHED, receipt=body, finished=True)
-            details = {"command_id": str(job.command_id), "op": job.op, "error": error.code}
+            details = {"command_id": str(job.command_id), "op": job.op, "error": error.code} | error.facts
             now = datetime.now(job.received_at.tzinfo)
             await audit.append(connection, writer=WRITER, at=now, action=f"command.{status}", actor=WRITER, tenant=job.tenant, details=details)
         self._wake_outbox()

@@ -14,7 +14,7 @@ from typing import Any
 from uuid import UUID
 
 from sidecar import telemetry
-from sidecar.core.command import Command, Incoming, compose, parse, receipt, receipt_id, rfc3339
+from sidecar.core.command import OPS, Command, Incoming, compose, parse, receipt, receipt_id, rfc3339
 from sidecar.core.errors import CommandRejected, Conflict, SidecarError, Unavailable
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.ports import Clock
@@ -141,7 +141,7 @@ class Inbox:
 
 
 def log_status(op: str | None, status: str, command_id: Any, error: CommandRejected | None = None) -> None:
-    known = op if op in ("shred", "rotate") else "unknown"
+    known = op if op in OPS else "unknown"
     telemetry.commands.labels(known, status).inc()
     telemetry.log.info("command", extra={"action": known, "status": status, "command_id": command_id, "code": error.code if error else None})
 

@@ -11,14 +11,17 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from sidecar.core.aead import Suite
+from sidecar.core.command import Command, Op, grace_seconds
+from sidecar.core.dsse import MAX_SIGNATURES
 from sidecar.core.errors import ConfigurationError, UnsupportedEnvelope
-from sidecar.core.model import ScopeKind
+from sidecar.core.model import ScopeKind, duration_ms
 from sidecar.core.policy import ClassRule, Policy
 
 ENV_PREFIX = "SIDECAR_"
 CONFIG_ENV = "SIDECAR_CONFIG"
-# Variables under the prefix that are not settings: where the file is, and the test set-up's own.
-_NOT_SETTINGS = ("CONFIG", "CAMPAIGN", "TEST_", "DEV_")
+# Variables under the prefix that are not settings: where the file is, the command line's key, and the test set-up's own.
+_NOT_SETTINGS = ("CONFIG", "CAMPAIGN", "TEST_", "DEV_", "ISSUER_KEY")
+_DEVELOPMENT_SIGNING_KEY = Path("keys/control-signing")
 
 
 class _Section(BaseModel):
@@ -182,10 +185,61 @@ class ViewSettings(_Section):
         return value
 
 
+class IssuerSettings(_Section):
+    """A key that commands may be signed with; entries of the same name are one issuer's keys, and one voice of an approval."""
+
+    name: str = Field(min_length=1, max_length=100)
+    public_key: str | None = None
+    """The raw Ed25519 key in base64, as `sidecar issuer show` prints it."""
+    public_key_file: Path | None = None
+    ops: list[Op | Literal["*"]] = ["*"]
+    tenants: list[str] = ["*"]
+    """Globs over tenant ids."""
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Self:
+        if (self.public_key is None) == (self.public_key_file is None):
+            raise ValueError("an issuer has a public_key or a public_key_file")
+        return self
+
+
 class ControlSettings(_Section):
     topic: str = "sidecar.control"
     receipts: str = "sidecar.receipts"
     allow_unsigned: bool = False
+    issuers: list[IssuerSettings] = []
+    """Whose signed commands are carried out."""
+    approvals: dict[Op, Annotated[int, Field(ge=1, le=MAX_SIGNATURES)]] = {}
+    """How many issuers must have signed a command of that kind; 1 where nothing is said."""
+    max_validity: str = "7d"
+    """The longest time from a command's issued_at to its not_after."""
+    grace: dict[Literal["shred"], str] = {}
+    """How long what is irreversible waits, unless the command says so itself; data is inaccessible at once all the same."""
+    issuer_key: Path | None = None
+    """The private key that the command line signs with, unless --key or $SIDECAR_ISSUER_KEY names another."""
+    signing_key: Path | None = None
+    """The control plane's own private key, for ledger, certificates and checkpoints. In development it is made at the first use:
+    keys/control-signing beside the configuration."""
+
+    @field_validator("max_validity")
+    @classmethod
+    def _duration(cls, value: str) -> str:
+        duration_ms(value)
+        return value
+
+    @field_validator("grace")
+    @classmethod
+    def _graces(cls, value: dict[str, str]) -> dict[str, str]:
+        for text in value.values():
+            grace_seconds(text)
+        return value
+
+    def grace_of(self, command: Command) -> float:
+        """Seconds: what the command says, else what is configured for its op, else none."""
+        if command.grace_seconds is not None:
+            return command.grace_seconds
+        configured = dict(self.grace).get(command.op)  # type: ignore[call-overload]
+        return grace_seconds(configured) if configured else 0.0
 
 
 class DeadLetterSettings(_Section):
@@ -257,16 +311,6 @@ class Settings(_Section):
                 )
 
 
-def duration_ms(text: str) -> int:
-    """`7d`, `1h`, `30m`, `45s`, `500ms` in milliseconds; ValueError for anything else."""
-    units = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-    number = text.rstrip("dhms")
-    unit = text[len(number) :]
-    if unit not in units or not number.isdigit():
-        raise ValueError(f"{text!r} is no duration; write 7d, 1h, 30m, 45s or 500ms")
-    return int(number) * units[unit]
-
-
 def find_config(path: Path | None) -> Path:
     """The file that `--config`, $SIDECAR_CONFIG or the current folder gives."""
     return path or Path(os.environ.get(CONFIG_ENV, "sidecar.yaml"))
@@ -312,7 +356,14 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
     kms = settings.kms
     if kms.uri.startswith("file:"):
         kms = kms.model_copy(update={"uri": f"file:{(base / kms.uri.removeprefix('file:')).resolve()}"})
-    return settings.model_copy(update={"kafka": kafka, "kms": kms})
+    control = settings.control
+    keys = {
+        "issuer_key": control.issuer_key,
+        "signing_key": control.signing_key or (_DEVELOPMENT_SIGNING_KEY if settings.profile == "development" else None),
+    }
+    issuers = [i.model_copy(update={"public_key_file": i.public_key_file and (base / i.public_key_file).resolve()}) for i in control.issuers]
+    control = control.model_copy(update={name: path and (base / path).resolve() for name, path in keys.items()} | {"issuers": issuers})
+    return settings.model_copy(update={"kafka": kafka, "kms": kms, "control": control})
 
 
 def _from_environment() -> dict[str, Any]:

@@ -14,17 +14,24 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from sidecar import telemetry
 from sidecar.core.dsse import Signer
 from sidecar.core.errors import ConfigurationError
+from sidecar.settings import Settings
 
 
 def create_signing_key(path: Path) -> Signer:
     """A new key pair: `path`, and `path`.pub beside it. Never over an existing one: raises FileExistsError."""
     key = Ed25519PrivateKey.generate()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    whole = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        os.link(whole, path)  # never half written, never over another
+    finally:
+        whole.unlink()
     public_path(path).write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     return Signer(key)
 
@@ -46,6 +53,28 @@ def load_signer(path: Path) -> Signer:
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigurationError("the signing key is not Ed25519", where=str(path), mend="`sidecar issuer keygen FILE` writes one")
     return Signer(key)
+
+
+def control_signer(settings: Settings) -> Signer:
+    """The control plane's own key (control.signing_key), for ledger, certificates and checkpoints. Raises ConfigurationError.
+
+    The development profile makes one where there is none; production never does, or a lost volume would go unnoticed.
+    """
+    path = settings.control.signing_key
+    if path is None:
+        raise ConfigurationError(
+            "the control plane has no signing key", where="control.signing_key", mend="`sidecar issuer keygen FILE` writes one; name it there"
+        )
+    if settings.profile == "development" and not path.exists():
+        try:
+            create_signing_key(path)
+            telemetry.log.warning("made a signing key, for development only", extra={"action": "start", "file": str(path)})
+        except FileExistsError:
+            pass  # another process was first
+        except OSError as error:
+            what = f"the control plane's signing key cannot be written: {error.strerror}"
+            raise ConfigurationError(what, where=str(path), mend="name one that is there in control.signing_key") from None
+    return load_signer(path)
 
 
 def load_public_key(path: Path) -> Ed25519PublicKey:

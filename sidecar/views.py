@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sidecar.core.model import Event, Headers
+from sidecar.core.model import Event, Headers, duration_ms
 from sidecar.core.view import view_headers, view_key, view_partition
 from sidecar.kafka.producer import Outgoing
-from sidecar.settings import ViewSettings, duration_ms
+from sidecar.settings import ViewSettings
 
 
 @dataclass(frozen=True, slots=True)

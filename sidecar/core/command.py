@@ -6,19 +6,21 @@ What stands in a rejected command is echoed on its receipt only where it is shor
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 from uuid import UUID, uuid5
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sidecar.core.errors import CommandRejected, MalformedRecord
-from sidecar.core.model import Scope, ScopeKind, identifier, tenant_id
+from sidecar.core.model import Scope, ScopeKind, duration_ms, identifier, tenant_id
 
 NAMESPACE = UUID("6f0c3f52-8b1e-5d0a-9a55-0a4b6c1e7d21")
 """Of all ids that are derived and not drawn, so that a repeated step makes the same one again."""
 
-OPS = ("shred", "rotate")
+Op = Literal["shred", "rotate", "hold", "release", "readmit", "reencrypt"]
+OPS: tuple[str, ...] = get_args(Op)
 MAX_TEXT = 1000
+MAX_GRACE_MS = 30 * 86_400_000
 
 Status = Literal["rejected", "accepted", "done", "inaccessible", "failed"]
 
@@ -39,6 +41,9 @@ class _OptionsV1(_Strict):
     include_plain: bool = False
     dry_run: bool = False
     older_than: datetime | None = None
+    grace: str | None = None
+    split: bool = False
+    hold_id: UUID | None = None
 
 
 class _CommandV1(_Strict):
@@ -56,7 +61,12 @@ class _CommandV1(_Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """What is to be done to which scope, checked. `older_than` is the rotation timer's: only keys made before it."""
+    """What is to be done to which scope, checked.
+
+    `older_than` is the rotation timer's: only keys made before it. `grace_seconds` of a shred delays what is irreversible, never what makes
+    data inaccessible; None: the command says nothing, the configuration decides. `split` of a shred: shared keys are taken apart first.
+    `hold_id` of a release: just this hold; None: all holds on the scope.
+    """
 
     command_id: UUID
     op: str
@@ -67,6 +77,9 @@ class Command:
     include_plain: bool = False
     dry_run: bool = False
     older_than: datetime | None = None
+    grace_seconds: float | None = None
+    split: bool = False
+    hold_id: UUID | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +195,24 @@ def _command(body: _CommandV1) -> Command:
         include_plain=body.options.include_plain,
         dry_run=body.options.dry_run,
         older_than=body.options.older_than,
+        grace_seconds=_grace(body.options.grace),
+        split=body.options.split,
+        hold_id=body.options.hold_id,
     )
+
+
+def _grace(text: str | None) -> float | None:
+    try:
+        return None if text is None else grace_seconds(text)
+    except ValueError:
+        raise CommandRejected("malformed", "options.grace: a duration like 24h, of 30d at most") from None
+
+
+def grace_seconds(text: str) -> float:
+    """ValueError for what is no duration, or longer than 30 days."""
+    if (milliseconds := duration_ms(text)) > MAX_GRACE_MS:
+        raise ValueError(f"{text!r} is longer than 30d")
+    return milliseconds / 1000
 
 
 def _scope(scope: _ScopeV1) -> Scope:
@@ -192,8 +222,6 @@ def _scope(scope: _ScopeV1) -> Scope:
         # an id that no tenant can have is no tenant's
         raise CommandRejected("unknown_tenant", "there is no such tenant") from None
     kind = ScopeKind(scope.kind)
-    if kind is ScopeKind.SUBJECT:
-        raise CommandRejected("unknown_scope", "this release knows the scopes tenant, stream and class")
     if kind is ScopeKind.TENANT:
         if scope.id not in (None, tenant):
             raise CommandRejected("malformed", "scope.id: a tenant's scope has none")

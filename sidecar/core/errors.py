@@ -16,6 +16,8 @@
 The docstring is the default message. No message ever holds a key, a payload, a token or a password.
 """
 
+from typing import Any
+
 
 class SidecarError(Exception):
     """The sidecar could not do what was asked."""
@@ -93,11 +95,11 @@ class AccessDenied(SidecarError):
 
 
 class CommandRejected(SidecarError):
-    """The command is not carried out; `code` and the message go onto a negative receipt."""
+    """The command is not carried out; `code` and the message go onto a negative receipt, `facts` too and into the audit trail."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, **facts: Any) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.facts = code, facts
 
 
 class Conflict(SidecarError):

@@ -35,6 +35,16 @@ def identifier(raw: bytes, what: str, reason: str = "malformed") -> str:
     return text
 
 
+def duration_ms(text: str) -> int:
+    """`7d`, `1h`, `30m`, `45s`, `500ms` in milliseconds; ValueError for anything else."""
+    units = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+    number = text.rstrip("dhms")
+    unit = text[len(number) :]
+    if unit not in units or not number.isdigit():
+        raise ValueError(f"{text!r} is no duration; write 7d, 1h, 30m, 45s or 500ms")
+    return int(number) * units[unit]
+
+
 class ScopeKind(StrEnum):
     """What one key protects."""
 

@@ -154,10 +154,16 @@ _SHARED = {
 
 
 async def refuse_shared(connection: Connection, scope: Scope) -> None:
+    _refuse_subject(scope)
     with mapped():
         shared = await connection.fetch(_SHARED[scope.kind], scope.tenant, scope.id)
     if shared:
         raise CommandRejected("shared_key", await _name_sharers(connection, scope, shared))
+
+
+def _refuse_subject(scope: Scope) -> None:
+    if scope.kind is ScopeKind.SUBJECT:
+        raise CommandRejected("unknown_scope", "this release shreds and rotates the scopes tenant, stream and class")
 
 
 async def _name_sharers(connection: Connection, scope: Scope, shared: list[Any]) -> str:
@@ -181,6 +187,7 @@ async def _name_sharers(connection: Connection, scope: Scope, shared: list[Any])
 
 async def retire(connection: Connection, scope: Scope, older_than: datetime | None) -> list[str]:
     """Mark the live keys that the scope's events are sealed with; each gets its successor at its next write. -> names."""
+    _refuse_subject(scope)
     of = {
         ScopeKind.TENANT: "$2::text IS NOT NULL",
         ScopeKind.CLASS: """(scope_kind = 'class' AND scope_id = $2 OR scope_kind = 'stream'

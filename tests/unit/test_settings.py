@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sidecar.core.aead import Suite
 from sidecar.core.errors import ConfigurationError
-from sidecar.settings import ENV_PREFIX, Settings, duration_ms, load, parse
+from sidecar.core.model import duration_ms
+from sidecar.settings import ENV_PREFIX, Settings, load, parse
 
 PRODUCTION: dict[str, Any] = {
     "profile": "production",
