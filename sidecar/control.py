@@ -23,6 +23,7 @@ from sidecar.inbox import Backoff, Inbox, log_status, schedule_rotations
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.client import ProducerFenced
 from sidecar.kafka.receipts import Outgoing, ReceiptPublisher, ViewWriter
+from sidecar.notices import Notices
 from sidecar.ports import Clock
 from sidecar.postgres import audit, commands, guard, migrations
 from sidecar.postgres.commands import Job, Unpublished
@@ -311,7 +312,8 @@ class ControlPlane:
     async def _work(self, lock: Connection) -> None:
         """Executor, outbox, timer; returns when the session of the lock is gone, raises what one of them raises."""
         steps = Steps(self._pool, self._admin, self._clock)
-        flows: dict[str, Flow] = {"shred": Shredding(steps, ViewWriter(self._settings)), "rotate": Rotation(steps)}
+        notices = Notices(self._pool, self._admin, ViewWriter(self._settings))
+        flows: dict[str, Flow] = {"shred": Shredding(steps, notices), "rotate": Rotation(steps)}
         self._outbox = Outbox(self._pool, ReceiptPublisher(self._settings))
         self._executor = Executor(self._pool, flows, self._wake_outbox)
         await lock.add_listener(commands.CHANNEL, lambda *_: self._wake_executor())

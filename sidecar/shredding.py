@@ -8,23 +8,20 @@ shred   → fenced        guard, source end offsets, keys gone, fence, tenant ep
 """
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
-from fnmatch import fnmatchcase
 from typing import Any, Final, TypeVar
 
 from sidecar.core.command import Command, rfc3339
 from sidecar.core.errors import BrokerUnavailable, StoreUnavailable
 from sidecar.core.model import Scope, ScopeKind
-from sidecar.core.view import ERASED_TYPE, parse_attributes, view_key, view_partition
 from sidecar.kafka.admin import TopicInfo
-from sidecar.kafka.receipts import ViewRecord, ViewWriter
+from sidecar.notices import Notices, plain_tombstones
 from sidecar.postgres import commands, shreds
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, transaction
-from sidecar.postgres.shreds import View
+from sidecar.preview import preview
 from sidecar.steps import FINISHED, Steps, failpoint
 
 T = TypeVar("T")
@@ -38,15 +35,15 @@ OFFSETS_SECONDS: Final = 1.0
 class Shredding:
     """The flow of `shred`."""
 
-    def __init__(self, steps: Steps, views: ViewWriter) -> None:
-        self._steps, self._views = steps, views
+    def __init__(self, steps: Steps, notices: Notices) -> None:
+        self._steps, self._notices = steps, notices
 
     async def step(self, job: Job, command: Command) -> Job:
         """Take the command's next step; -> where it then stands (`step` is FINISHED at the end)."""
         at = job.step
         failpoint(f"shred:{at or 'accepted'}")
         if at is None:
-            return await (self._preview(job, command) if command.dry_run else self._fence(job, command))
+            return await (preview(self._steps, job, command) if command.dry_run else self._fence(job, command))
         if at == "fenced":
             return await self._bar(job, command)
         if at == "inaccessible" or (at == "barred" and command.include_plain):
@@ -94,7 +91,6 @@ class Shredding:
 
     async def _bar(self, job: Job, command: Command) -> Job:
         async with transaction(self._steps.pool) as connection:
-            await shreds.sweep(connection, command.scope)
             views = await shreds.views(connection)
         instances = await self._steps.release(job)
         failpoint("shred:released")
@@ -161,51 +157,23 @@ class Shredding:
     # views
 
     async def _notice(self, job: Job, command: Command) -> Job:
-        views = await self._affected(command.scope)
-        records = [self._notice_record(job, command.scope, view, partition) for view in views for partition in range(view.partitions)]
-        await asyncio.to_thread(self._views.write, records)
+        views = await self._notices.affected(command.scope)
+        await self._notices.give_notice(job.command_id, command.scope, job.facts["inaccessible_at"], views)
         failpoint("shred:noticed")
         async with transaction(self._steps.pool) as connection:
             if job.step == "barred":
                 return await commands.advance(connection, job, "noticed")
             return await commands.advance(connection, job, FINISHED, finished=True)
 
-    def _notice_record(self, job: Job, scope: Scope, view: View, partition: int) -> ViewRecord:
-        erased_at = job.facts["inaccessible_at"]
-        said = scope.to_json()
-        value = {"tenant": said.pop("tenant"), "scope": said, "command_id": str(job.command_id), "erased_at": erased_at}
-        headers: list[tuple[str, str | bytes | None]] = [
-            ("ce_specversion", b"1.0"),
-            ("ce_id", f"{job.command_id}.{partition}".encode()),
-            ("ce_type", ERASED_TYPE.encode()),
-            ("ce_source", b"/sidecar"),
-            ("ce_time", erased_at.encode()),
-            ("ce_tenantid", scope.tenant.encode()),
-        ]
-        key = f"{scope.tenant}/erased/{job.command_id}".encode()
-        return ViewRecord(topic=view.topic, partition=partition, key=key, value=json.dumps(value, ensure_ascii=False).encode(), headers=headers)
-
-    async def _affected(self, scope: Scope) -> list[View]:
-        """The views that may hold records of the scope, where the topic exists."""
-        async with transaction(self._steps.pool) as connection:
-            views = await shreds.views(connection)
-            of_class = scope.id if scope.kind is ScopeKind.CLASS else None
-            if scope.kind is ScopeKind.STREAM:
-                of_class = await shreds.stream_class(connection, scope.tenant, scope.id)
-        present = await asyncio.to_thread(self._steps.admin.describe, {view.topic for view in views})
-        wanted = [v for v in views if v.topic in present and _any(v.tenants, scope.tenant) and (of_class is None or _any(v.classes, of_class))]
-        return wanted
-
     async def _clear_plain(self, job: Job, command: Command) -> Job:
         """Tombstones first durable in Kafka, then the deletion commits: a crash repeats the chunk, never forgets it."""
-        views = await self._affected(command.scope)
+        views = await self._notices.affected(command.scope)
         after, deleted = ("", 0), int(job.facts.get("plain_deleted", 0))
         while True:
             async with transaction(self._steps.pool) as connection:
                 rows = await shreds.delete_plain(connection, command.scope, after, CHUNK)
                 if rows:
-                    tombstones = [t for row in rows for t in _tombstones(command.scope.tenant, row, views)]
-                    await asyncio.to_thread(self._views.write, tombstones)
+                    await self._notices.write([t for row in rows for t in plain_tombstones(command.scope.tenant, row, views)])
                     after, deleted = (rows[-1]["stream_id"], rows[-1]["stream_position"]), deleted + len(rows)
                 failpoint("shred:clearing")
                 step = "noticed" if len(rows) == CHUNK else "cleared"
@@ -213,25 +181,9 @@ class Shredding:
             if step == "cleared":
                 return job
 
-    async def _preview(self, job: Job, command: Command) -> Job:
-        """What a shred would do; changes nothing."""
-        scope = command.scope
-        async with transaction(self._steps.pool) as connection:
-            if scope.kind is not ScopeKind.TENANT:
-                await shreds.refuse_shared(connection, scope)
-            sealed, plain = await shreds.count_events(connection, scope)
-            keys = {"count": await shreds.count_deks(connection, scope)}
-            events = {"unreadable": sealed, "plain_remaining": 0 if command.include_plain else plain}
-            body = self._steps.receipt_of(job, command, "done", keys=keys, events=events, dry_run=True)
-            return await commands.advance(connection, job, FINISHED, receipt=body, finished=True)
-
 
 async def _nothing() -> None:
     return None
-
-
-def _any(globs: list[str], value: str) -> bool:
-    return any(fnmatchcase(value, glob) for glob in globs)
 
 
 def _retained_until(config: dict[str, str], now: datetime) -> str | None:
@@ -242,16 +194,3 @@ def _retained_until(config: dict[str, str], now: datetime) -> str | None:
         return rfc3339(now + timedelta(milliseconds=limit))
     except OverflowError:
         return None
-
-
-def _tombstones(tenant: str, row: Any, views: list[View]) -> list[ViewRecord]:
-    """The tombstones of one deleted plain event, one per view that can hold it."""
-    out = []
-    for view in views:
-        matched = (row["class"] is None or _any(view.classes, row["class"])) and (row["topic"] is None or _any(view.topics, row["topic"]))
-        source_key = parse_attributes(row["metadata"])[0] if view.key_mode == "source" and row["metadata"] else None
-        path = f"{tenant}/{row['stream_id']}"
-        key = view_key(view.key_mode, path, row["stream_position"], source_key)
-        if matched and key is not None:  # a record without a key cannot be tombstoned; retention is its end
-            out.append(ViewRecord(topic=view.topic, partition=view_partition(path, view.partitions), key=key, value=None))
-    return out

@@ -18,9 +18,9 @@ from sidecar.postgres.errors import mapped
 NAMED_AT_MOST: Final = 1000
 SHARERS_NAMED: Final = 20
 
-# Every key that a stream's events can have: its own scope's live one, what its history names, what it uses now.
+# Every key that a stream's events can have: its own scope's, what its history names, what it uses now. Each by an index.
 _STREAM_KEY_IDS = """
-  SELECT key_id FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = 'stream' AND scope_id = $2 AND is_active
+  SELECT key_id FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = 'stream' AND scope_id = $2
   UNION SELECT key_id FROM stream_key_history WHERE tenant_id = $1 AND stream_id = $2
   UNION SELECT encryption_key_id FROM streams WHERE tenant_id = $1 AND stream_id = $2 AND encryption_key_id IS NOT NULL"""
 
@@ -124,19 +124,6 @@ async def _destroy_tenant(connection: Connection, tenant: str) -> Keys:
         )
         rows = await connection.fetch("SELECT generation, kek_version, fingerprint FROM tenant_keys WHERE tenant_id = $1", tenant)
     return Keys(fingerprints=[r["fingerprint"] for r in rows], names=[f"kek/{r['generation']}/{r['kek_version']}" for r in rows])
-
-
-async def sweep(connection: Connection, scope: Scope) -> int:
-    """Destroy what the indexed paths did not name, once the fence stands and nothing new can come: a scan, so outside of the guard."""
-    if scope.kind is not ScopeKind.STREAM:
-        return 0
-    with mapped():
-        done = await connection.execute(
-            f"UPDATE encryption_keys SET {_DESTROY} WHERE tenant_id = $1 AND scope_kind = 'stream' AND scope_id = $2 AND NOT is_destroyed",
-            scope.tenant,
-            scope.id,
-        )
-    return int(done.rpartition(" ")[2])
 
 
 # Keys that the scope's events need and that are not the scope's own, so cannot be destroyed with it.
