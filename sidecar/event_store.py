@@ -14,7 +14,7 @@ from sidecar.core.envelope import NO_FIELD, PREFIX_BYTES, Header, event_aad, ope
 from sidecar.core.errors import AuthenticationFailed, KeyShredded, KeyUnavailable, RecordError, UnknownKey
 from sidecar.core.keys import Kek, TenantState
 from sidecar.core.model import Erased, Event
-from sidecar.core.view import guard_stripe, parse_attributes, unframe
+from sidecar.core.view import Attributes, guard_stripe, parse_attributes, unframe
 from sidecar.keys import KeyManagement, dek_row, kek_row, open_dek
 from sidecar.postgres.connection import Pool
 from sidecar.postgres.errors import mapped
@@ -100,8 +100,7 @@ def open_row(row: Any, ciphers: Ciphers) -> Event:
     if sealed is None:
         if row["is_encrypted"] and row["stream_position"] >= (row["encrypted_from_position"] or 1):
             raise AuthenticationFailed("plaintext stands in an encrypted stream")
-        key, timestamp, headers, _ = parse_attributes(row["metadata"] or {})
-        return _event(row, None if row["is_tombstone"] else bytes(row["data"]), key, timestamp, headers)
+        return _event(row, None if row["is_tombstone"] else bytes(row["data"]), parse_attributes(row["metadata"] or {}))
     sealed = bytes(sealed)
     header = parse_header(sealed)
     aad = event_aad(
@@ -115,13 +114,13 @@ def open_row(row: Any, ciphers: Ciphers) -> Event:
     )
     plaintext = open_envelope(ciphers.get(row["tenant_id"], header), sealed, aad)
     attrs, value = unframe(plaintext)
-    key, timestamp, headers, tombstone = parse_attributes(attrs)
-    if tombstone != row["is_tombstone"]:
+    carried = parse_attributes(attrs)
+    if carried.is_tombstone != row["is_tombstone"]:
         raise AuthenticationFailed("the row and its sealed attributes disagree about the tombstone")
-    return _event(row, None if tombstone else value, key, timestamp, headers)
+    return _event(row, None if carried.is_tombstone else value, carried)
 
 
-def _event(row: Any, value: bytes | None, key: bytes | None, timestamp: int, headers: Any) -> Event:
+def _event(row: Any, value: bytes | None, carried: Attributes) -> Event:
     source = (row["source_topic"], row["source_partition"], row["source_offset"]) if row["source_topic"] is not None else None
     return Event(
         tenant=row["tenant_id"],
@@ -131,12 +130,13 @@ def _event(row: Any, value: bytes | None, key: bytes | None, timestamp: int, hea
         type=row["message_type"],
         stream_class=row["stream_type_class"] or "",
         value=value,
-        key=key,
-        timestamp_ms=timestamp,
-        headers=headers,
+        key=carried.key,
+        timestamp_ms=carried.timestamp_ms,
+        headers=carried.headers,
         source=source,
         schema_version=row["schema_version"],
         occurred_at=row["occurred_at"],
+        subject=carried.subject,
     )
 
 

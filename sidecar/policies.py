@@ -37,14 +37,14 @@ async def apply(connection: Connection, specs: Sequence[PolicySpec], *, actor: s
 
 async def _upsert(connection: Connection, spec: PolicySpec, now: datetime, only_new: bool) -> Policy | None:
     algorithm = spec.algorithm if spec.encrypt else None
-    values = (spec.encrypt, algorithm, spec.key_scope, spec.rotation_days)
+    values = (spec.encrypt, algorithm, spec.key_scope, spec.rotation_days, spec.subject_extractor)
     old = await connection.fetchrow(
         "SELECT * FROM encryption_policies WHERE tenant_id = $1 AND stream_type_class = $2 FOR UPDATE", spec.tenant, spec.stream_class
     )
     if old is None:
         row = await connection.fetchrow(
             """INSERT INTO encryption_policies (policy_id, stream_type_class, tenant_id, encryption_required, encryption_algorithm, key_scope,
-                 key_rotation_interval_days, created_at, updated_at) VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$8) ON CONFLICT DO NOTHING RETURNING *""",
+                 key_rotation_interval_days, subject, created_at, updated_at) VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9,$9) ON CONFLICT DO NOTHING RETURNING *""",
             f"{spec.tenant}/{spec.stream_class}",
             spec.stream_class,
             spec.tenant,
@@ -52,12 +52,12 @@ async def _upsert(connection: Connection, spec: PolicySpec, now: datetime, only_
             now,
         )
         return policy_from_row(row) if row else None
-    before = (old["encryption_required"], old["encryption_algorithm"], old["key_scope"], old["key_rotation_interval_days"])
+    before = (old["encryption_required"], old["encryption_algorithm"], old["key_scope"], old["key_rotation_interval_days"], old["subject"])
     if only_new or before == values:
         return None
     row = await connection.fetchrow(
         """UPDATE encryption_policies SET encryption_required = $2, encryption_algorithm = $3, key_scope = $4, key_rotation_interval_days = $5,
-             version = version + 1, updated_at = $6 WHERE policy_id = $1 RETURNING *""",
+             subject = $6, version = version + 1, updated_at = $7 WHERE policy_id = $1 RETURNING *""",
         old["policy_id"],
         *values,
         now,
@@ -73,6 +73,7 @@ def _summary(policy: Policy) -> dict[str, Any]:
         "encrypt": policy.encrypt,
         "algorithm": policy.suite.label,
         "key_scope": policy.key_scope.value,
+        "subject": policy.subject,
         "rotation_days": policy.rotation_days,
         "version": policy.version,
     }

@@ -15,7 +15,7 @@ from sidecar.core.command import Command, Op, grace_seconds
 from sidecar.core.dsse import MAX_SIGNATURES
 from sidecar.core.errors import ConfigurationError, UnsupportedEnvelope
 from sidecar.core.model import ScopeKind, duration_ms
-from sidecar.core.policy import ClassRule, Policy
+from sidecar.core.policy import SUBJECT_HEADER, ClassRule, Policy
 
 ENV_PREFIX = "SIDECAR_"
 CONFIG_ENV = "SIDECAR_CONFIG"
@@ -33,6 +33,13 @@ class _Section(BaseModel):
 def _off(value: Any) -> Any:
     """YAML 1.1 reads a bare `off` as false."""
     return "off" if value is False else value
+
+
+def _an_extractor(value: str, kinds: tuple[str, ...]) -> str:
+    names = {"header:": "header:NAME", "json:/": "json:/pointer", "const:": "const:VALUE", "topic:": "topic:REGEX"}
+    if value != "key" and not value.startswith(kinds):
+        raise ValueError(f"{value!r} is no extractor; use {', '.join(names[kind] for kind in kinds)} or key")
+    return value
 
 
 class KafkaSecurity(_Section):
@@ -102,10 +109,7 @@ class SourceSettings(_Section):
     @field_validator("tenant", "stream", "type", "id")
     @classmethod
     def _extractor(cls, value: str | None) -> str | None:
-        kinds = ("header:", "json:/", "const:", "topic:")
-        if value is not None and value != "key" and not value.startswith(kinds):
-            raise ValueError(f"{value!r} is no extractor; use header:NAME, json:/pointer, key, topic:REGEX or const:VALUE")
-        return value
+        return value if value is None else _an_extractor(value, ("header:", "json:/", "const:", "topic:"))
 
 
 class ClassWhen(_Section):
@@ -133,7 +137,9 @@ class PolicySpec(_Section):
     tenant: str = "*"
     encrypt: bool = True
     algorithm: str = Suite.AES_256_GCM.label
-    key_scope: Literal["stream", "class", "tenant"] = "stream"
+    key_scope: Literal["stream", "class", "tenant", "subject"] = "stream"
+    subject: str | None = None
+    """With key_scope subject: what names a record's person; header:ce_subjectid unless given. A record without one is a dead letter."""
     rotation_days: int | None = Field(default=None, ge=1)
 
     @field_validator("algorithm")
@@ -144,6 +150,18 @@ class PolicySpec(_Section):
         except UnsupportedEnvelope as error:
             raise ValueError(str(error)) from None
 
+    @model_validator(mode="after")
+    def _subject_has_its_scope(self) -> Self:
+        if self.key_scope != "subject" and self.subject is not None:
+            raise ValueError("subject: goes with key_scope: subject alone")
+        if self.subject is not None:
+            _an_extractor(self.subject, ("header:", "json:/"))
+        return self
+
+    @property
+    def subject_extractor(self) -> str | None:
+        return (self.subject or SUBJECT_HEADER) if self.key_scope == "subject" else None
+
     def policy(self, policy_id: str, version: int = 1) -> Policy:
         return Policy(
             policy_id=policy_id,
@@ -152,6 +170,7 @@ class PolicySpec(_Section):
             encrypt=self.encrypt,
             suite=Suite.from_label(self.algorithm),
             key_scope=ScopeKind(self.key_scope),
+            subject=self.subject_extractor,
             rotation_days=self.rotation_days,
             version=version,
         )

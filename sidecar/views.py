@@ -63,6 +63,7 @@ def project(
     key: bytes | None,
     timestamp_ms: int,
     headers: Headers,
+    subject: str | None = None,
     origin: Any = None,
 ) -> list[Outgoing]:
     """The view records of one event: the same to the byte from the source record and from the store."""
@@ -76,6 +77,7 @@ def project(
         stream_class=stream_class.encode(),
         position=position,
         source=(topic.encode(), partition, offset),
+        subject=None if subject is None else subject.encode(),
     )
     path = f"{tenant}/{stream}"
     return [
@@ -111,6 +113,7 @@ def project_event(views: Views, event: Event, origin: Any = None) -> list[Outgoi
         key=event.key,
         timestamp_ms=event.timestamp_ms,
         headers=event.headers,
+        subject=event.subject,
         origin=origin,
     )
 

@@ -28,6 +28,7 @@ _COLUMNS = (
     "encryption_required",
     "encryption_algorithm",
     "key_scope",
+    "subject",
     "key_rotation_interval_days",
     "version",
 )
@@ -57,7 +58,7 @@ def get(context: typer.Context, policy_id: str) -> None:
 
 @app.command()
 def apply(context: typer.Context, file: Annotated[Path, typer.Argument(help="YAML: a list of policies.")]) -> None:
-    """Make policies as a file says: {class, tenant, encrypt, algorithm, key_scope, rotation_days} each. Live within a second."""
+    """Make policies as a file says: {class, tenant, encrypt, algorithm, key_scope, subject, rotation_days} each. Live within a second."""
     here = cli(context)
     try:
         specs = TypeAdapter(list[PolicySpec]).validate_python(yaml.safe_load(file.read_text()))
@@ -67,7 +68,7 @@ def apply(context: typer.Context, file: Annotated[Path, typer.Argument(help="YAM
         first = error.errors()[0] if isinstance(error, ValidationError) else {"msg": "no YAML", "loc": ()}
         where = f"{file}: {'.'.join(str(part) for part in first['loc'])}"
         raise ConfigurationError(
-            str(first["msg"]), where=where, mend="a list of {class, tenant, encrypt, algorithm, key_scope, rotation_days}"
+            str(first["msg"]), where=where, mend="a list of {class, tenant, encrypt, algorithm, key_scope, subject, rotation_days}"
         ) from None
 
     async def main() -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -117,6 +118,19 @@ def compile_extractor(text: str) -> _Extract:
         constant = rest.encode()
         return lambda record: constant
     raise ValueError(f"{text!r} is no extractor")
+
+
+@lru_cache(1000)
+def _compiled(text: str) -> _Extract:
+    return compile_extractor(text)
+
+
+def subject_of(extractor: str, topic: str, key: bytes | None, value: bytes | None, headers: Mapping[str, bytes | None]) -> str:
+    """The person that a record is about. Raises MalformedRecord where the extractor finds nobody, or what no identifier can be.
+
+    Such a record is not sealed under some other key instead: a shred of the person would not reach it, and nobody would know.
+    """
+    return identifier(_compiled(extractor)(_Input(topic, key, value, headers)) or b"", "subject id")
 
 
 class Extractor:

@@ -133,6 +133,8 @@ class Event:
     source: tuple[str, int, int] | None
     schema_version: int = 1
     occurred_at: datetime | None = None
+    subject: str | None = None
+    """Whose key it is sealed under, where that is a person's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,13 +10,15 @@ from sidecar.core.aead import Suite
 from sidecar.core.model import UNCLASSIFIED, ScopeKind
 
 Unmatched = Literal["encrypt", "plain", "refuse"]
+SUBJECT_HEADER = "header:ce_subjectid"
+"""Where a record names its person, unless the policy says otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """What happens to a tenant's events of one class; tenant `*` stands for every tenant without a policy of its own.
 
-    `rotation_days` is about rotation, never retention.
+    `rotation_days` is about rotation, never retention. `subject` is the extractor of a record's person, for key scope subject.
     """
 
     policy_id: str
@@ -25,14 +27,18 @@ class Policy:
     encrypt: bool
     suite: Suite = Suite.AES_256_GCM
     key_scope: ScopeKind = ScopeKind.STREAM
+    subject: str | None = None
     rotation_days: int | None = None
     version: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Encrypt:
+    """`subject`: with key scope subject, the extractor that names each record's person; else None."""
+
     suite: Suite
     key_scope: ScopeKind
+    subject: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,10 @@ _UNMATCHED: dict[str, Decision] = {"encrypt": Encrypt(Suite.AES_256_GCM, ScopeKi
 
 
 def _of(policy: Policy) -> Decision:
-    return Encrypt(policy.suite, policy.key_scope) if policy.encrypt else PLAIN
+    if not policy.encrypt:
+        return PLAIN
+    by_subject = policy.key_scope is ScopeKind.SUBJECT
+    return Encrypt(policy.suite, policy.key_scope, (policy.subject or SUBJECT_HEADER) if by_subject else None)
 
 
 class PolicySet:

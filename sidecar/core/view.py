@@ -8,7 +8,7 @@ import base64
 import struct
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import orjson
@@ -34,6 +34,9 @@ OWN_HEADERS = frozenset(
 )
 """Never trusted on input, always written on output; `ce_source` and `ce_time` are the application's and are kept."""
 
+SUBJECT_HEADER = "ce_subjectid"
+"""Ours on output where a policy names the event's person, whatever stood there; the application's own elsewhere, and kept."""
+
 _LENGTH = struct.Struct(">I")
 LAST_MS = 253_402_300_799_999
 """9999-12-31T23:59:59.999Z, the last moment that Python's calendar holds."""
@@ -56,14 +59,26 @@ def _bytes(text: Any) -> bytes | None:
     return base64.b64decode(text["b64"]) if isinstance(text, dict) else str(text).encode()
 
 
-def attributes(key: bytes | None, timestamp_ms: int, headers: Headers, is_tombstone: bool) -> bytes:
-    """What a record carries beside its value, as JSON: key, timestamp (ms since 1970, UTC), headers that are not ours."""
+class Attributes(NamedTuple):
+    """What a record carries beside its value. `subject`: the person under whose key it is sealed, if it is a person's."""
+
+    key: bytes | None
+    timestamp_ms: int
+    headers: list[tuple[str, bytes | None]]
+    is_tombstone: bool
+    subject: str | None
+
+
+def attributes(key: bytes | None, timestamp_ms: int, headers: Headers, is_tombstone: bool, subject: str | None = None) -> bytes:
+    """As JSON: key, timestamp (ms since 1970, UTC), headers that are not ours."""
     out: dict[str, Any] = {"key": _text(key), "timestamp": timestamp_ms}
     kept = [[_name(name), _text(value)] for name, value in headers if name not in OWN_HEADERS]
     if kept:
         out["headers"] = kept
     if is_tombstone:
         out["tombstone"] = True
+    if subject is not None:
+        out["subject"] = subject
     return orjson.dumps(out)
 
 
@@ -71,11 +86,10 @@ def _name(name: str) -> str | dict[str, str]:
     return {"b64": base64.b64encode(name.encode()).decode()} if "\0" in name else name
 
 
-def parse_attributes(raw: bytes | str | dict[str, Any]) -> tuple[bytes | None, int, list[tuple[str, bytes | None]], bool]:
-    """-> key, timestamp in ms, headers, is_tombstone."""
+def parse_attributes(raw: bytes | str | dict[str, Any]) -> Attributes:
     doc = raw if isinstance(raw, dict) else orjson.loads(raw)
     headers = [((_bytes(name) or b"").decode(), _bytes(value)) for name, value in doc.get("headers", ())]
-    return _bytes(doc.get("key")), doc.get("timestamp", 0), headers, doc.get("tombstone", False)
+    return Attributes(_bytes(doc.get("key")), doc.get("timestamp", 0), headers, doc.get("tombstone", False), doc.get("subject"))
 
 
 def frame(attrs: bytes, value: bytes | None) -> bytes:
@@ -109,6 +123,7 @@ def view_headers(
     stream_class: bytes,
     position: int,
     source: tuple[bytes, int, int] | None,
+    subject: bytes | None = None,
 ) -> list[tuple[str, bytes | None]]:
     """The source's own headers, then ours (contract: messages.md); what a producer wrote under our names is gone."""
     out = [pair for pair in source_headers if pair[0] not in OWN_HEADERS]
@@ -126,6 +141,9 @@ def view_headers(
         ("ce_streamtype", stream_class),
         ("ce_streamposition", b"%d" % position),
     )
+    if subject is not None:
+        out = [pair for pair in out if pair[0] != SUBJECT_HEADER]
+        out.append((SUBJECT_HEADER, subject))
     if source is not None:
         out += (("ce_sourcetopic", source[0]), ("ce_sourcepartition", b"%d" % source[1]), ("ce_sourceoffset", b"%d" % source[2]))
     return out

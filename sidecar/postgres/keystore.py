@@ -86,6 +86,7 @@ def policy_from_row(row: Any) -> Policy:
         encrypt=row["encryption_required"],
         suite=Suite.from_label(row["encryption_algorithm"] or Suite.AES_256_GCM.label),
         key_scope=ScopeKind(row["key_scope"]),
+        subject=row["subject"],
         rotation_days=row["key_rotation_interval_days"],
         version=row["version"],
     )

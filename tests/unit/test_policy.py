@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import permutations
 
 import pytest
@@ -9,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.core.aead import Suite
+from sidecar.core.errors import MalformedRecord
+from sidecar.core.extract import subject_of
 from sidecar.core.model import UNCLASSIFIED, ScopeKind
-from sidecar.core.policy import PLAIN, REFUSE, Classifier, ClassRule, Decision, Encrypt, Policy, PolicySet, Unmatched
+from sidecar.core.policy import PLAIN, REFUSE, SUBJECT_HEADER, Classifier, ClassRule, Decision, Encrypt, Policy, PolicySet, Unmatched
 from tests.unit.samples import scope_kinds, suites
 
 DEFAULT = Encrypt(Suite.AES_256_GCM, ScopeKind.STREAM)
@@ -48,7 +51,9 @@ def test_what_no_policy_names_is_decided_by_unmatched(unmatched: Unmatched, deci
 @given(st.booleans(), suites, scope_kinds, st.sampled_from(["*", "acme"]))
 def test_policy_that_encrypts_decides_its_suite_and_scope(encrypt: bool, suite: Suite, scope: ScopeKind, tenant: str) -> None:
     policy = Policy(policy_id="p", stream_class="A", tenant=tenant, encrypt=encrypt, suite=suite, key_scope=scope)
-    assert PolicySet([policy], "refuse", 1).decide("acme", "A") == (Encrypt(suite, scope) if encrypt else PLAIN)
+    assert PolicySet([policy], "refuse", 1).decide("acme", "A") == (
+        Encrypt(suite, scope, SUBJECT_HEADER if scope is ScopeKind.SUBJECT else None) if encrypt else PLAIN
+    )
 
 
 def test_star_is_for_tenants_and_no_glob_for_classes() -> None:
@@ -111,3 +116,33 @@ def test_producers_own_class_header_counts_only_through_a_rule() -> None:
     assert Classifier(rules).classify(topic="users", type="e", stream="s", headers=forged) == "UserPersonalData"
     by_header = [ClassRule(stream_class="CartData", headers=(("ce_streamtype", "CartData"),)), *rules]
     assert Classifier(by_header).classify(topic="users", type="e", stream="s", headers=forged) == "CartData"
+
+
+@pytest.mark.parametrize(
+    ("extractor", "found"),
+    [
+        ("header:ce_subjectid", "jane"),
+        ("json:/user/id", "jane@example.org"),
+        ("json:/user/n", "7"),
+        ("key", "k-1"),
+        ("header:none", None),
+        ("json:/user", None),
+        ("header:empty", None),
+        ("header:control", None),
+    ],
+)
+def test_a_records_person_by_extractor(extractor: str, found: str | None) -> None:
+    headers = {"ce_subjectid": b"jane", "empty": b"", "control": b"a\0b"}
+    ask = partial(subject_of, extractor, "topic", b"k-1", b'{"user": {"id": "jane@example.org", "n": 7}}', headers)
+    if found is None:
+        with pytest.raises(MalformedRecord) as refused:
+            ask()
+        assert "jane" not in str(refused.value), "what a record holds stands in no error"
+    else:
+        assert ask() == found
+
+
+def test_a_record_that_is_no_json_has_no_person_by_pointer() -> None:
+    for value in (None, b"", b"{"):
+        with pytest.raises(MalformedRecord):
+            subject_of("json:/user/id", "topic", None, value, {})

@@ -108,6 +108,8 @@ WRONG: list[dict[str, Any]] = [
     {"sources": [{"topic": "t", "tenant": "body:/x"}]},
     {"policies": {"unmatched": "ignore"}},
     {"policies": {"install": [{"class": "A", "algorithm": "AES-128-GCM"}]}},
+    {"policies": {"install": [{"class": "A", "subject": "header:person"}]}},
+    {"policies": {"install": [{"class": "A", "key_scope": "subject", "subject": "const:jane"}]}},
     {"kafka": {"security": {"protocol": "SASL_SSL"}}},
     {"deployment": "../x"},
     {"kafka": None},
@@ -203,12 +205,13 @@ def test_bare_off_is_off_as_yaml_reads_it() -> None:
     assert parse(yaml.safe_load("sources: [{topic: t, purge: off}]"), where="f", base=Path("/")).sources[0].purge == "off"
 
 
-@given(st.sampled_from(list(Suite)), st.sampled_from(["stream", "class", "tenant"]), st.none() | st.integers(1, 4000), st.booleans())
+@given(st.sampled_from(list(Suite)), st.sampled_from(["stream", "class", "tenant", "subject"]), st.none() | st.integers(1, 4000), st.booleans())
 def test_policy_as_written_becomes_the_policy(suite: Suite, scope: str, days: int | None, encrypt: bool) -> None:
     spec = {"class": "A", "tenant": "acme", "encrypt": encrypt, "algorithm": suite.label, "key_scope": scope, "rotation_days": days}
     policy = parse({"policies": {"install": [spec]}}, where="f", base=Path("/")).policies.install[0].policy("p", 3)
     assert (policy.stream_class, policy.tenant, policy.encrypt, policy.suite, policy.key_scope) == ("A", "acme", encrypt, suite, scope)
     assert (policy.policy_id, policy.rotation_days, policy.version) == ("p", days, 3)
+    assert policy.subject == ("header:ce_subjectid" if scope == "subject" else None)
 
 
 json_values = st.recursive(

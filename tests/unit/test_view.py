@@ -22,7 +22,7 @@ values = st.none() | st.binary(max_size=200)
 @given(values, timestamps, kafka_headers, st.booleans())
 def test_attributes_come_back_whatever_bytes_they_hold(key: bytes | None, timestamp: int, headers: Pairs, dead: bool) -> None:
     raw = view.attributes(key, timestamp, headers, dead)
-    assert view.parse_attributes(raw) == (key, timestamp, headers, dead)
+    assert view.parse_attributes(raw) == (key, timestamp, headers, dead, None)
     assert b"\\u0000" not in raw, "JSONB cannot hold NUL"
     doc, _ = second.unframe(view.frame(raw, b""))
     assert second.attribute_bytes(doc["key"]) == key
@@ -33,8 +33,8 @@ def test_attributes_come_back_whatever_bytes_they_hold(key: bytes | None, timest
 
 @given(values, st.sampled_from(sorted(view.OWN_HEADERS)), values)
 def test_headers_under_our_names_are_never_kept(key: bytes | None, name: str, value: bytes | None) -> None:
-    _, _, headers, _ = view.parse_attributes(view.attributes(key, 0, [(name, value), ("own", b"1")], False))
-    assert headers == [("own", b"1")]
+    carried = view.parse_attributes(view.attributes(key, 0, [(name, value), ("own", b"1")], False))
+    assert carried.headers == [("own", b"1")]
 
 
 @given(st.binary(max_size=100), values)
@@ -139,3 +139,15 @@ def test_partitions_and_stripes_of_a_release_are_those_of_the_next() -> None:
 def test_metadata_of_plain_events_reads_from_jsonb_as_from_bytes() -> None:
     raw = view.attributes(b"\xff", 7, [("h", None)], True)
     assert view.parse_attributes(orjson.loads(raw)) == view.parse_attributes(raw)
+
+
+@given(st.booleans(), identifiers, values)
+def test_a_persons_header_is_ours_where_a_policy_names_the_person(known: bool, subject: str, producers: bytes | None) -> None:
+    """Elsewhere it is the application's own, and kept."""
+    carried = view.parse_attributes(view.attributes(None, 0, [("ce_subjectid", producers)], False, subject if known else None))
+    assert carried.subject == (subject if known else None)
+    headers = view.view_headers(
+        carried.headers, 0, message_id=b"m", type_=b"t", tenant=b"a", stream=b"s", stream_class=b"c", position=1, source=None,
+        subject=None if carried.subject is None else carried.subject.encode(),
+    )  # fmt: skip
+    assert [value for name, value in headers if name == "ce_subjectid"] == [subject.encode() if known else producers]
