@@ -9,27 +9,25 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 
 from aiohttp import web
 
 from sidecar import policies, telemetry, topics
 from sidecar.core.errors import ConfigurationError, StoreUnavailable
-from sidecar.core.extract import Extractor
 from sidecar.core.policy import Classifier
 from sidecar.event_store import Ciphers
 from sidecar.kafka.admin import Admin
-from sidecar.kafka.consumer import KafkaSource, Partition
+from sidecar.kafka.consumer import KafkaSource
 from sidecar.kafka.producer import TransactionalProducer
 from sidecar.keys import KeyManagement
 from sidecar.kms import open_kms
+from sidecar.partitions import Claimer, Sources
 from sidecar.pipeline import Pipeline, Ports
-from sidecar.postgres import leases, migrations
+from sidecar.postgres import migrations
 from sidecar.postgres.batches import GuardSession
 from sidecar.postgres.connection import Pool, connected, open_pool
 from sidecar.postgres.keystore import KeyStore
-from sidecar.postgres.leases import Lease
-from sidecar.settings import Settings, SourceSettings
+from sidecar.settings import Settings
 from sidecar.streams import Streams
 from sidecar.upkeep import Upkeep
 from sidecar.views import Views
@@ -38,77 +36,6 @@ from sidecar.views import Views
 class SystemClock:
     def now(self) -> datetime:
         return datetime.now(UTC)
-
-
-class Sources:
-    """Which source a topic belongs to, and where its partitions begin."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._sources = settings.sources
-        self._known: dict[str, tuple[SourceSettings, Extractor]] = {}
-        self.topic_ids: dict[str, str] = {}
-
-    def of(self, topic: str) -> tuple[SourceSettings, Extractor]:
-        if topic not in self._known:
-            source = next((s for s in self._sources if fnmatchcase(topic, s.topic)), None)
-            if source is None:
-                raise ConfigurationError(f"no source names the topic {topic}", where="sources")
-            self._known[topic] = (
-                source,
-                Extractor(tenant=source.tenant, stream=source.stream, type=source.type, id=source.id, tenants=source.tenants),
-            )
-        return self._known[topic]
-
-    def extractor(self, topic: str) -> Extractor:
-        return self.of(topic)[1]
-
-
-class Claimer:
-    """Takes the lease of an assigned partition: which source it is, and from where on it is read."""
-
-    def __init__(self, sources: Sources, session: GuardSession, admin: Admin, instance_id: str) -> None:
-        self._sources, self._session, self._admin, self._instance_id = sources, session, admin, instance_id
-        self.source: KafkaSource | None = None
-
-    async def claim(self, partition: Partition) -> tuple[Lease, int] | None:
-        """-> the lease, the offset to read from; None if the partition must wait for a person (said in the log).
-
-        No lease, no committed offset: the source's `start` says. A lease without a committed offset: what was projected is not
-        known, and `on_lost_offsets` decides. The start is committed before the lease is made, so that the two are never confused.
-        """
-        topic, number = partition
-        settings, _ = self._sources.of(topic)
-        found = (await asyncio.to_thread(self._admin.describe, [topic])).get(topic)
-        if found is None or self.source is None:
-            return None
-        self._sources.topic_ids[topic] = found.topic_id
-        connection = self._session.connection
-        source_id, made_again = await leases.register_source(connection, topic, found.topic_id)
-        stored = await leases.stored_cursor(connection, source_id, number)
-        committed = (await self.source.committed([partition]))[partition]
-        low, high = await self.source.watermarks(partition)
-        if stored is None:
-            # a committed offset of a topic that was made again belongs to the one before
-            start = low if made_again else committed if committed is not None else low if settings.start == "earliest" else high
-            await self.source.commit_start(partition, start)
-            committed = start
-        else:
-            start = stored
-            if committed is None:
-                if settings.on_lost_offsets == "stop":
-                    telemetry.log.error(
-                        "the group's committed offset is gone: what was projected is not known; set sources[].on_lost_offsets to store or replay",
-                        extra={"action": "claim", "topic": topic, "partition": number},
-                    )
-                    return None
-                committed = stored if settings.on_lost_offsets == "store" else low
-        epoch, stored = await leases.claim(connection, source_id, number, self._instance_id, start)
-        if min(stored, committed) < low:
-            telemetry.log.error(
-                "records were deleted from the source before they were read",
-                extra={"action": "claim", "topic": topic, "partition": number, "from": min(stored, committed), "to": low},
-            )
-        return Lease(topic, number, source_id, epoch, stored, committed, stored), max(min(stored, committed), low)
 
 
 @dataclass(slots=True, kw_only=True)

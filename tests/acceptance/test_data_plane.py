@@ -13,8 +13,9 @@ from confluent_kafka.admin import AdminClient
 from sidecar import telemetry
 from sidecar.core.errors import StoreUnavailable
 from sidecar.kafka.client import OutcomeUnknown
-from sidecar.pipeline import Pipeline, Work
+from sidecar.pipeline import Pipeline
 from sidecar.testing.local_stack import LocalStack
+from sidecar.work import Work
 from tests.acceptance import harness
 from tests.acceptance.harness import World, plane, query, query_all, until
 

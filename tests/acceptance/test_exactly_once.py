@@ -12,8 +12,9 @@ import pytest
 from confluent_kafka import Consumer
 
 from sidecar.kafka import consumer as kafka_consumer
-from sidecar.pipeline import Pipeline, Work
+from sidecar.pipeline import Pipeline
 from sidecar.testing.local_stack import LocalStack
+from sidecar.work import Work
 from tests.acceptance import harness
 from tests.acceptance.harness import Instance, World, plane, until
 
