@@ -32,6 +32,7 @@ from sidecar.postgres.guard import Backend
 from sidecar.rotation import Rotation
 from sidecar.settings import Settings
 from sidecar.shredding import Shredding
+from sidecar.signing import control_signer
 from sidecar.steps import FINISHED, WRITER, Flow, Steps, SystemClock, failpoint
 
 AT_ONCE: Final = 4
@@ -224,6 +225,7 @@ class ControlPlane:
 
     async def open(self) -> None:
         """Reach Postgres and Kafka once, check both, make the topics. Raises ConfigurationError or Unavailable."""
+        control_signer(self._settings)  # there, or made now, or no start
         dsn = self._settings.postgres.for_role("control")
         connection = await connect(dsn, application_name="sidecar control start")
         try:

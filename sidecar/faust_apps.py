@@ -92,10 +92,9 @@ def build(settings: Settings, plane: ControlPlane, folder: str) -> Any:
 
     async def receive(stream: AsyncIterator[Any]) -> None:
         async for events in stream.noack_take(100, within=0.002):  # type: ignore[attr-defined]
+            messages = [event.message for event in events]
+            await plane.inbox.receive(*(ControlRecord(value=m.value, source=f"{m.topic}/{m.partition}/{m.offset}") for m in messages))
             for event in events:
-                message = event.message
-                source = f"{message.topic}/{message.partition}/{message.offset}"
-                await plane.inbox.receive(ControlRecord(value=message.value, source=source))
                 event.ack()
 
     app.agent(topic, name="control")(receive)

@@ -1,4 +1,4 @@
-"""Commands come in: from the control topic, and from the rotation timer. One transaction each: command, receipt, audit row.
+"""Commands come in: from the control topic, and from the rotation timer. One transaction: command, receipt, audit row.
 
 After `Inbox.receive` came back the record may be acked. It waits for what cannot be reached, for ever; a record that nobody understands
 becomes a negative receipt, never a record that holds up the topic.
@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from hashlib import sha256
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from sidecar import telemetry
@@ -21,7 +21,11 @@ from sidecar.ports import Clock
 from sidecar.postgres import audit, commands
 from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.settings import Settings
+from sidecar.signing import authority
 from sidecar.steps import WRITER, failpoint
+
+CLOCK_SKEW: Final = timedelta(minutes=5)
+"""How much earlier than the sender's clock ours may be."""
 
 
 class Backoff:
@@ -43,50 +47,76 @@ class ControlRecord:
     source: str
 
 
+Received = tuple[ControlRecord, Incoming]
+
+
 class Inbox:
     """Takes control records in. Safe to run in several processes at once."""
 
     def __init__(self, settings: Settings, pool: Pool, clock: Clock, wake: Callable[[], None]) -> None:
-        self._settings, self._pool, self._clock, self._wake = settings, pool, clock, wake
+        self._pool, self._clock, self._wake = pool, clock, wake
+        self._authority = authority(settings)
 
-    async def receive(self, record: ControlRecord) -> None:
-        """Returns when the record is durably accepted or rejected, however long that takes. Never raises, but when cancelled."""
+    async def receive(self, *records: ControlRecord) -> None:
+        """Returns when all are durably accepted or rejected, however long that takes. Never raises, but when cancelled."""
         backoff = Backoff()
         while True:
             try:
                 failpoint("receive")
-                await self._once(record)
+                await self._take([(record, parse(record.value, self._authority, now=self._clock.now())) for record in records])
                 failpoint("received")
                 self._wake()
                 return
             except (Unavailable, Conflict) as error:
                 telemetry.retries.labels("inbox").inc()
-                telemetry.log.warning("inbox waits", extra={"action": "receive", "source": record.source, "error": error})
+                telemetry.log.warning("inbox waits", extra={"action": "receive", "source": records[0].source, "error": error})
             except Exception as error:
                 # Nothing that a sender can write should come here; if it does, one record must not hold up the topic.
-                telemetry.log.error("a control record cannot be taken in", extra={"action": "receive", "source": record.source}, exc_info=error)
+                telemetry.log.error("control records cannot be taken in", extra={"action": "receive", "source": records[0].source}, exc_info=error)
+                if len(records) > 1:
+                    for record in records:
+                        await self.receive(record)
+                    return
                 with suppress(SidecarError):
-                    return await self._refuse(record, CommandRejected("malformed", "the record could not be taken in"))
+                    unknown = Incoming(command_id=None, op=None, scope=None, digest=b"", outcome=_NOT_TAKEN)
+                    return await self._refuse([(records[0], unknown)])
             await backoff.wait()
 
-    async def _once(self, record: ControlRecord) -> None:
+    async def _take(self, batch: list[Received]) -> None:
+        """Commands one by one; what is none, all in one transaction: who floods the topic must not hold up the others.
+
+        A rejected record takes no command id: else whoever may write to the topic could use up the ids of others. Only where somebody
+        vouches for it and the id is known, it may be a command that came before, and gets that command's receipt.
+        """
+        vouched = {i.command_id for _, i in batch if i.command_id and i.vouched and isinstance(i.outcome, CommandRejected)}
+        known: set[UUID] = set()
+        if vouched:
+            async with transaction(self._pool) as connection:
+                known = await commands.known(connection, vouched)
+        refused = []
+        for record, incoming in batch:
+            if isinstance(incoming.outcome, Command) or (incoming.vouched and incoming.command_id in known):
+                await self._once(record, incoming)
+            else:
+                refused.append((record, incoming))
+        await self._refuse(refused)
+
+    async def _once(self, record: ControlRecord, incoming: Incoming) -> None:
         now = self._clock.now()
-        control = self._settings.control
-        incoming = parse(record.value, audience=self._settings.deployment, now=now, allow_unsigned=control.allow_unsigned)
-        if incoming.command_id is None:
-            assert isinstance(incoming.outcome, CommandRejected)  # noqa: S101 (a command has an id)
-            return await self._refuse(record, incoming.outcome)
+        assert incoming.command_id is not None  # noqa: S101 (a command has an id)
         async with transaction(self._pool) as connection:
             known = await commands.find(connection, incoming.command_id)
             if known is not None:
-                return await self._again(connection, known, incoming, record, now)
-            outcome = await self._judge(connection, incoming.outcome)
+                return await self._again(connection, known, incoming, record)
+            outcome = await self._judge(connection, incoming.outcome, now)
             await self._store(connection, incoming.command_id, replace(incoming, outcome=outcome), record, now)
 
-    async def _judge(self, connection: Connection, outcome: Command | CommandRejected) -> Command | CommandRejected:
-        """What only the store can say."""
+    async def _judge(self, connection: Connection, outcome: Command | CommandRejected, now: datetime) -> Command | CommandRejected:
+        """What could be judged otherwise another time: a command that is refused here stays refused, its id is taken."""
         if isinstance(outcome, CommandRejected):
             return outcome
+        if outcome.issued_at is not None and outcome.issued_at > now + CLOCK_SKEW:
+            return CommandRejected("not_yet_valid", "issued_at lies in the future; compare the clocks")
         if not await commands.tenant_exists(connection, outcome.scope.tenant):
             return CommandRejected("unknown_tenant", "there is no such tenant")
         if outcome.dry_run and outcome.op != "shred":
@@ -100,7 +130,7 @@ class Inbox:
         status: Any = "accepted" if accepted else "rejected"
         tenant = (incoming.scope or {}).get("tenant")
         actor = outcome.requested_by if isinstance(outcome, Command) else "unknown"
-        details = {"command_id": str(command_id), "op": incoming.op, "source": record.source, "error": error.code if error else None}
+        details = _details(record, incoming) | {"issuers": list(incoming.issuers)}
         row = await audit.append(
             connection, writer=WRITER, at=now, action=f"command.{status}", actor=actor, tenant=tenant if accepted else None, details=details
         )
@@ -109,35 +139,49 @@ class Inbox:
             accepted_at=rfc3339(now) if accepted else None, audit={"writer": row.writer, "seq": row.seq},
         )  # fmt: skip
         await commands.insert(
-            connection, command_id=command_id, op=incoming.op or "unknown", tenant=tenant, payload=record.value or b"", issuer=actor, status=status,
-            facts={"source": record.source, "accepted_at": body["accepted_at"]}, receipt=body, at=now,
+            connection, command_id=command_id, op=incoming.op or "unknown", tenant=tenant, payload=record.value or b"", digest=incoming.digest,
+            issuer=", ".join(incoming.issuers) or actor, status=status, facts={"source": record.source, "accepted_at": body["accepted_at"]},
+            receipt=body, at=now,
         )  # fmt: skip
         log_status(incoming.op, status, command_id, error)
 
-    async def _again(self, connection: Connection, known: commands.Entry, incoming: Incoming, record: ControlRecord, now: datetime) -> None:
-        """The id is known. The same bytes: the stored receipt again, unless Kafka merely delivered the same record twice."""
-        if known.payload_sha256 != sha256(record.value or b"").digest():
-            error = CommandRejected("id_reused", "a command with this id and other content came before; it stands as it was")
-            digest = sha256(record.value or b"").hexdigest()
-            identity = receipt_id(incoming.command_id, "id_reused", digest)
-            body = receipt(identity, command_id=incoming.command_id, op=incoming.op, scope=incoming.scope, status="rejected", error=error)
-            if await commands.add_receipt(connection, body):
-                details = {"command_id": str(incoming.command_id), "op": incoming.op, "source": record.source, "error": error.code}
-                await audit.append(connection, writer=WRITER, at=now, action="command.rejected", actor="unknown", tenant=None, details=details)
-                log_status(incoming.op, "rejected", incoming.command_id, error)
+    async def _again(self, connection: Connection, known: commands.Entry, incoming: Incoming, record: ControlRecord) -> None:
+        """The id is known. The same payload: the stored receipt again, unless Kafka merely delivered the same record twice."""
+        if known.payload_sha256 != incoming.digest:
+            reused = CommandRejected("id_reused", "a command with this id and other content came before; it stands as it was")
+            await self._reject(connection, [(record, replace(incoming, outcome=reused))])
         elif known.facts.get("source") != record.source and known.receipt is not None:
             await commands.repeat_receipt(connection, known.receipt, record.source)
 
-    async def _refuse(self, record: ControlRecord, error: CommandRejected) -> None:
-        """A record without a usable command id: a receipt without one, once per record."""
-        body = receipt(receipt_id("record", record.source), command_id=None, op=None, scope=None, status="rejected", error=error)
-        async with transaction(self._pool) as connection:
-            if await commands.add_receipt(connection, body):
-                details = {"command_id": None, "source": record.source, "error": error.code}
-                now = self._clock.now()
-                await audit.append(connection, writer=WRITER, at=now, action="command.rejected", actor="unknown", tenant=None, details=details)
-                log_status(None, "rejected", None, error)
-        self._wake()
+    async def _refuse(self, refused: list[Received]) -> None:
+        if refused:
+            async with transaction(self._pool) as connection:
+                await self._reject(connection, refused)
+
+    async def _reject(self, connection: Connection, refused: list[Received]) -> None:
+        """A negative receipt for each, once per record, however often Kafka delivers it."""
+        ids = {record.source: receipt_id("record", record.source) for record, _ in refused}
+        there = await commands.in_outbox(connection, ids.values())
+        new = [(record, incoming) for record, incoming in refused if ids[record.source] not in there]
+        rows = await audit.append_all(
+            connection, writer=WRITER, at=self._clock.now(), action="command.rejected", actor="unknown", tenant=None,
+            details=[_details(record, incoming) for record, incoming in new],
+        )  # fmt: skip
+        bodies = []
+        for (record, incoming), row in zip(new, rows, strict=True):
+            error = incoming.outcome if isinstance(incoming.outcome, CommandRejected) else _NOT_TAKEN
+            said: dict[str, Any] = {"command_id": incoming.command_id, "op": incoming.op, "scope": incoming.scope, "status": "rejected"}
+            bodies.append(receipt(ids[record.source], **said, error=error, audit={"writer": row.writer, "seq": row.seq}))
+            log_status(incoming.op, "rejected", incoming.command_id, error)
+        await commands.add_receipts(connection, bodies)
+
+
+_NOT_TAKEN = CommandRejected("malformed", "the record could not be taken in")
+
+
+def _details(record: ControlRecord, incoming: Incoming) -> dict[str, Any]:
+    code = incoming.outcome.code if isinstance(incoming.outcome, CommandRejected) else None
+    return {"command_id": incoming.command_id and str(incoming.command_id), "op": incoming.op, "source": record.source, "error": code}
 
 
 def log_status(op: str | None, status: str, command_id: Any, error: CommandRejected | None = None) -> None:
@@ -170,7 +214,7 @@ async def schedule_rotations(settings: Settings, pool: Pool, clock: Clock) -> in
             )  # fmt: skip
             facts = {"source": commands.TIMER_ISSUER, "class": stream_class, "accepted_at": body["accepted_at"]}
             await commands.insert(
-                connection, command_id=identity, op="rotate", tenant=tenant, payload=payload, issuer=commands.TIMER_ISSUER, status="accepted",
-                facts=facts, receipt=body, at=now,
+                connection, command_id=identity, op="rotate", tenant=tenant, payload=payload, digest=sha256(payload).digest(),
+                issuer=commands.TIMER_ISSUER, status="accepted", facts=facts, receipt=body, at=now,
             )  # fmt: skip
     return len(due)

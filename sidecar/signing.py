@@ -1,7 +1,9 @@
 """Signing keys at rest: Ed25519 as PEM files, the private one mode 0600."""
 
+import base64
 import os
 import stat
+from datetime import timedelta
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -15,8 +17,10 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from sidecar import telemetry
+from sidecar.core.authority import Authority, Issuer
 from sidecar.core.dsse import Signer
 from sidecar.core.errors import ConfigurationError
+from sidecar.core.model import duration_ms
 from sidecar.settings import Settings
 
 
@@ -75,6 +79,36 @@ def control_signer(settings: Settings) -> Signer:
             what = f"the control plane's signing key cannot be written: {error.strerror}"
             raise ConfigurationError(what, where=str(path), mend="name one that is there in control.signing_key") from None
     return load_signer(path)
+
+
+def authority(settings: Settings) -> Authority:
+    """Whose commands this deployment carries out, with the keys read. Raises ConfigurationError."""
+    control = settings.control
+    found: list[Issuer] = []
+    for number, listed in enumerate(control.issuers):
+        where = f"control.issuers[{number}]"
+        key = load_public_key(listed.public_key_file) if listed.public_key_file else _raw_public_key(listed.public_key or "", where)
+        issuer = Issuer(name=listed.name, key=key, ops=frozenset(listed.ops), tenants=tuple(listed.tenants))
+        if any(issuer.key_id == other.key_id for other in found):
+            raise ConfigurationError(
+                "the same public key stands twice: it would be two voices", where=where, mend="give each issuer a key of its own"
+            )
+        found.append(issuer)
+    return Authority(
+        audience=settings.deployment,
+        issuers=found,
+        approvals={str(op): count for op, count in control.approvals.items()},
+        max_validity=timedelta(milliseconds=duration_ms(control.max_validity)),
+        allow_unsigned=control.allow_unsigned,
+    )
+
+
+def _raw_public_key(text: str, where: str) -> Ed25519PublicKey:
+    try:
+        return Ed25519PublicKey.from_public_bytes(base64.b64decode(text, validate=True))
+    except ValueError:
+        what = "the public key is no raw Ed25519 key in base64"
+        raise ConfigurationError(what, where=where, mend="`sidecar issuer show FILE.pub` prints it, or name the file: public_key_file") from None
 
 
 def load_public_key(path: Path) -> Ed25519PublicKey:

@@ -21,7 +21,7 @@ from sidecar.postgres.connection import connected
 
 VALID_FOR = timedelta(days=1)
 _FINAL = {"rotate": ("done", "rejected", "failed"), "shred": ("inaccessible", "done", "rejected", "failed")}
-_NOT_ALLOWED = ("unsigned", "signature_unsupported")
+_NOT_ALLOWED = ("unsigned", "bad_signature", "unknown_issuer", "not_permitted", "approvals_missing", "legal_hold")
 
 Tenant = Annotated[str, typer.Option(help="Whose data.")]
 Stream = Annotated[str | None, typer.Option(help="Only this stream of the tenant.")]

@@ -1,23 +1,32 @@
 """Commands in, receipts out (contract: messages.md): parse, check, and build bodies. Nobody is trusted to send well-formed text.
 
+A command is signed (DSSE) or, where that is allowed, stands there as it is. What decides whether a command came before is the digest of
+its payload, not of the record: the same payload with one more signature is the same command, so an approval that is added to a command
+that was refused for want of it is no reuse of its id.
+
 What stands in a rejected command is echoed on its receipt only where it is short, printable and of the right type.
 """
 
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Any, Literal, NoReturn, get_args
 from uuid import UUID, uuid5
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sidecar.core.errors import CommandRejected, MalformedRecord
+from sidecar.core import dsse
+from sidecar.core.authority import Authority
+from sidecar.core.dsse import Signed
+from sidecar.core.errors import CommandRejected, MalformedEnvelope, MalformedRecord
 from sidecar.core.model import Scope, ScopeKind, duration_ms, identifier, tenant_id
 
 NAMESPACE = UUID("6f0c3f52-8b1e-5d0a-9a55-0a4b6c1e7d21")
 """Of all ids that are derived and not drawn, so that a repeated step makes the same one again."""
 
 Op = Literal["shred", "rotate", "hold", "release", "readmit", "reencrypt"]
+PAYLOAD_TYPE = "application/vnd.sidecar.command.v1+json"
 OPS: tuple[str, ...] = get_args(Op)
 MAX_TEXT = 1000
 MAX_GRACE_MS = 30 * 86_400_000
@@ -74,6 +83,7 @@ class Command:
     reason: str
     requested_by: str
     ticket: str | None = None
+    issued_at: datetime | None = None
     include_plain: bool = False
     dry_run: bool = False
     older_than: datetime | None = None
@@ -84,11 +94,17 @@ class Command:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Incoming:
-    """A control record, read as far as it could be read; `outcome` says whether it is a command."""
+    """A control record, read as far as it could be read; `outcome` says whether it is a command.
+
+    `issuers` vouch for it. `vouched`: they may command it, or unsigned commands are allowed; if False, nothing in it is worth remembering.
+    """
 
     command_id: UUID | None
     op: str | None
     scope: dict[str, str] | None
+    digest: bytes
+    issuers: tuple[str, ...] = ()
+    vouched: bool = False
     outcome: Command | CommandRejected
 
 
@@ -131,47 +147,69 @@ def _id_of(value: Any) -> UUID | None:
         return None
 
 
-def parse(raw: bytes | None, *, audience: str, now: datetime, allow_unsigned: bool) -> Incoming:
-    """Never raises. Whether tenant and stream exist is for the store to say."""
+def parse(raw: bytes | None, authority: Authority, *, now: datetime) -> Incoming:
+    """Never raises. The first thing that is wrong gives the code. Whether tenant and stream exist is for the store to say."""
+    document: dict[str, Any] = {}
+    payload = raw or b""
+    issuers: tuple[str, ...] = ()
+    vouched = False
     try:
-        document = load_json(raw)
-    except CommandRejected as rejected:
-        return Incoming(command_id=None, op=None, scope=None, outcome=rejected)
-    if {"payloadType", "payload", "signatures"} <= document.keys():
-        signed = CommandRejected("signature_unsupported", "this release verifies no signatures; a signed command is not carried out")
-        return Incoming(command_id=None, op=None, scope=None, outcome=signed)
-    command_id = _id_of(document.get("command_id"))
-    op, scope = _short(document.get("op"), 50), _echo_scope(document.get("scope"))
-    try:
-        outcome: Command | CommandRejected = check(document, audience=audience, now=now, allow_unsigned=allow_unsigned)
+        signed, payload = _opened(raw)
+        outcome: Command | CommandRejected
+        if signed is not None and signed.payload_type != PAYLOAD_TYPE:
+            raise CommandRejected("malformed", f"the payload is no {PAYLOAD_TYPE}")
+        document = load_json(payload)
+        signers = authority.signers(signed)
+        body = _validated(document)
+        outcome = _command(body)
+        issuers, vouched = authority.permit(signers, outcome.op, outcome.scope.tenant), True
+        _check_here_and_now(body, authority, now)
     except CommandRejected as rejected:
         outcome = rejected
-    return Incoming(command_id=command_id, op=op, scope=scope, outcome=outcome)
+    return Incoming(
+        command_id=_id_of(document.get("command_id")), op=_short(document.get("op"), 50), scope=_echo_scope(document.get("scope")),
+        digest=sha256(payload).digest(), issuers=issuers, vouched=vouched, outcome=outcome,
+    )  # fmt: skip
 
 
-def check(document: dict[str, Any], *, audience: str, now: datetime, allow_unsigned: bool) -> Command:
-    """Raises CommandRejected; the first thing that is wrong gives the code."""
-    if not allow_unsigned:
-        raise CommandRejected("unsigned", "unsigned commands are not allowed here (control.allow_unsigned)")
-    op = document.get("op")
-    if isinstance(op, str) and op not in OPS:
-        raise CommandRejected("unknown_op", f"op is none of {', '.join(OPS)}")
-    body = _validated(document)
-    if body.audience != audience:
-        raise CommandRejected("wrong_audience", f"the command is not for the deployment {audience}")
-    if _aware(body.not_after) <= now:
+def _opened(raw: bytes | None) -> tuple[Signed | None, bytes]:
+    """-> the envelope if it is one, the payload. Raises CommandRejected."""
+    document = load_json(raw)
+    if not document.keys() >= dsse.FIELDS:
+        return None, raw or b""
+    try:
+        signed = dsse.parse(document)
+    except MalformedEnvelope:
+        raise CommandRejected("malformed", "the record's value is no DSSE envelope") from None
+    return signed, signed.payload
+
+
+def _check_here_and_now(body: _CommandV1, authority: Authority, now: datetime) -> None:
+    if body.audience != authority.audience:
+        raise CommandRejected("wrong_audience", f"the command is not for the deployment {authority.audience}")
+    until = _aware(body.not_after)
+    if until <= now:
         raise CommandRejected("expired", "not_after has passed")
+    if until - (_aware(body.issued_at) if body.issued_at else now) > authority.max_validity:
+        raise CommandRejected("valid_too_long", "from issued_at to not_after is longer than control.max_validity")
     if body.options.older_than is not None:
         raise CommandRejected("malformed", "options.older_than is the rotation timer's own")
-    return _command(body)
 
 
 def stored(raw: bytes) -> Command:
-    """A command that was accepted before, from its bytes; its expiry no longer counts."""
-    return _command(_validated(load_json(raw)))
+    """A command that was accepted before, from its record; neither its signatures nor its expiry are looked at again."""
+    return _command(_validated(load_json(_opened(raw)[1])))
+
+
+def check(payload: bytes) -> Command:
+    """A command that somebody is about to sign or send. Raises CommandRejected for what is none."""
+    return _command(_validated(load_json(payload)))
 
 
 def _validated(document: dict[str, Any]) -> _CommandV1:
+    op = document.get("op")
+    if isinstance(op, str) and op not in OPS:
+        raise CommandRejected("unknown_op", f"op is none of {', '.join(OPS)}")
     try:
         return _CommandV1.model_validate(document)
     except ValidationError as error:
@@ -192,6 +230,7 @@ def _command(body: _CommandV1) -> Command:
         reason=body.reason,
         requested_by=body.requested_by,
         ticket=body.ticket,
+        issued_at=body.issued_at and _aware(body.issued_at),
         include_plain=body.options.include_plain,
         dry_run=body.options.dry_run,
         older_than=body.options.older_than,
@@ -240,7 +279,7 @@ def compose(
     *, command_id: UUID, audience: str, op: str, scope: Scope, reason: str, requested_by: str, ticket: str | None, issued_at: datetime,
     not_after: datetime, options: dict[str, Any],
 ) -> bytes:  # fmt: skip
-    """The value of an unsigned command."""
+    """A command's payload: to be signed or, where that is allowed, to be sent as it is."""
     document = {
         "command_id": str(command_id),
         "audience": audience,

@@ -1,6 +1,6 @@
 """Audit rows, written in the transaction of the act."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import Any
 from zlib import crc32
@@ -14,32 +14,29 @@ async def append(
     connection: Connection, *, writer: str, at: datetime, action: str, actor: str, tenant: str | None, details: dict[str, Any]
 ) -> AuditRow:
     """Add a row to the writer's chain; the caller is in a transaction. A lock per writer keeps the chain a chain."""
+    return (await append_all(connection, writer=writer, at=at, action=action, actor=actor, tenant=tenant, details=[details]))[0]
+
+
+async def append_all(
+    connection: Connection, *, writer: str, at: datetime, action: str, actor: str, tenant: str | None, details: Sequence[dict[str, Any]]
+) -> list[AuditRow]:
+    """A row for each of `details`, in one go: one lock, one look at the chain's head, one statement."""
+    if not details:
+        return []
     with mapped():
         await connection.execute("SELECT pg_advisory_xact_lock(3, $1)", crc32(writer.encode()) - 2**31)
         head = await connection.fetchrow("SELECT seq, hash FROM audit_log WHERE writer = $1 ORDER BY seq DESC LIMIT 1", writer)
-        row = link(
-            head["hash"] if head else GENESIS,
-            writer=writer,
-            seq=head["seq"] + 1 if head else 1,
-            at=at,
-            action=action,
-            actor=actor,
-            tenant_ref=tenant_ref(tenant) if tenant is not None else None,
-            details=details,
-        )
-        await connection.execute(
+        prev, seq = (head["hash"], head["seq"]) if head else (GENESIS, 0)
+        ref = tenant_ref(tenant) if tenant is not None else None
+        rows: list[AuditRow] = []
+        for each in details:
+            rows.append(link(prev, writer=writer, seq=(seq := seq + 1), at=at, action=action, actor=actor, tenant_ref=ref, details=each))
+            prev = rows[-1].hash
+        await connection.executemany(
             "INSERT INTO audit_log (writer, seq, at, action, actor, tenant_ref, details, prev_hash, hash) VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9)",
-            row.writer,
-            row.seq,
-            row.at,
-            row.action,
-            row.actor,
-            row.tenant_ref,
-            row.details,
-            row.prev_hash,
-            row.hash,
+            [(r.writer, r.seq, r.at, r.action, r.actor, r.tenant_ref, r.details, r.prev_hash, r.hash) for r in rows],
         )
-    return row
+    return rows
 
 
 def _row(record: Any) -> AuditRow:

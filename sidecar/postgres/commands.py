@@ -4,9 +4,9 @@ A command's way is `step`; `advance` moves it by compare-and-set, so that of two
 lost its lock, only one takes a step. A receipt is written in the transaction of the step that it is about, and published later.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from hashlib import sha256
 from typing import Any, Final
 from uuid import UUID
 
@@ -53,11 +53,19 @@ async def tenant_exists(connection: Connection, tenant: str) -> bool:
         return bool(await connection.fetchval("SELECT EXISTS (SELECT FROM tenants WHERE tenant_id = $1)", tenant))
 
 
+async def known(connection: Connection, command_ids: Collection[UUID]) -> set[UUID]:
+    """Those of the ids that are in the inbox."""
+    with mapped():
+        rows = await connection.fetch("SELECT command_id FROM commands WHERE command_id = ANY ($1)", list(command_ids))
+    return {row["command_id"] for row in rows}
+
+
 async def insert(
-    connection: Connection, *, command_id: UUID, op: str, tenant: str | None, payload: bytes, issuer: str, status: str, facts: dict[str, Any],
-    receipt: dict[str, Any], at: datetime,
+    connection: Connection, *, command_id: UUID, op: str, tenant: str | None, payload: bytes, digest: bytes, issuer: str, status: str,
+    facts: dict[str, Any], receipt: dict[str, Any], at: datetime,
 ) -> None:  # fmt: skip
-    """A new command, accepted or rejected, with its receipt. Raises Conflict if the id came in between."""
+    """A new command, accepted or rejected, with its receipt. `payload` is the record as it came, signatures and all; `digest` tells whether
+    another record is the same command. Raises Conflict if the id came in between."""
     with mapped():
         await connection.execute(
             """INSERT INTO commands (command_id, op, tenant_id, payload, payload_sha256, issuer, status, result, receipt, received_at, finished_at)
@@ -66,7 +74,7 @@ async def insert(
             op,
             tenant,
             payload,
-            sha256(payload).digest(),
+            digest,
             issuer,
             status,
             facts,
@@ -75,6 +83,24 @@ async def insert(
         )
         await connection.execute("SELECT pg_notify($1, '')", CHANNEL)
     await add_receipt(connection, receipt)
+
+
+async def in_outbox(connection: Connection, receipt_ids: Collection[UUID]) -> set[UUID]:
+    """Those of the ids that are in the outbox."""
+    with mapped():
+        rows = await connection.fetch("SELECT receipt_id FROM receipts WHERE receipt_id = ANY ($1)", list(receipt_ids))
+    return {row["receipt_id"] for row in rows}
+
+
+async def add_receipts(connection: Connection, bodies: Sequence[dict[str, Any]]) -> None:
+    """Into the outbox, all at once. Raises Conflict if one of the ids is there."""
+    with mapped():
+        await connection.execute(
+            """INSERT INTO receipts (receipt_id, command_id, status, body, created_at)
+               SELECT (b ->> 'receipt_id')::uuid, (b ->> 'command_id')::uuid, b ->> 'status', b, clock_timestamp()
+               FROM jsonb_array_elements($1::jsonb) b""",
+            list(bodies),
+        )
 
 
 async def add_receipt(connection: Connection, body: dict[str, Any], *, outbox_id: UUID | None = None) -> bool:
@@ -138,11 +164,11 @@ async def tenants_waiting(connection: Connection) -> list[str]:
 
 
 async def next_job(connection: Connection, tenant: str) -> Job | None:
-    """What is to be done next for a tenant: a shred before all others, one that was begun before one that was not."""
+    """What is to be done next for a tenant: shreds and holds before all others, in the order they came; one that was begun first of all."""
     with mapped():
         row = await connection.fetchrow(
             """SELECT * FROM commands WHERE tenant_id = $1 AND finished_at IS NULL
-               ORDER BY op <> 'shred', step IS NULL, received_at, command_id LIMIT 1""",
+               ORDER BY op NOT IN ('shred', 'hold', 'release'), step IS NULL, received_at, command_id LIMIT 1""",
             tenant,
         )
     return (
@@ -199,6 +225,8 @@ async def receipt(connection: Connection, identity: UUID) -> dict[str, Any] | No
     with mapped():
         own: dict[str, Any] | None = await connection.fetchval("SELECT body FROM receipts WHERE receipt_id = $1", identity)
         newest: dict[str, Any] | None = own or await connection.fetchval("SELECT receipt FROM commands WHERE command_id = $1", identity)
+        if newest is None:  # refused before it became a command
+            newest = await connection.fetchval("SELECT body FROM receipts WHERE command_id = $1 ORDER BY created_at DESC LIMIT 1", identity)
     return newest
 
 

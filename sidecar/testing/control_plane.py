@@ -1,5 +1,6 @@
 """A control plane as a process of its own, and what a test needs around it: seeded tenants, commands, the receipts on the topic."""
 
+import base64
 import json
 import os
 import secrets
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,8 +17,11 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from sidecar.core.command import compose
+from sidecar.core import dsse
+from sidecar.core.command import PAYLOAD_TYPE, compose
+from sidecar.core.dsse import Signer
 from sidecar.core.keys import Kek, KeyName, fingerprint
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.kafka.client import client_config
@@ -98,8 +102,15 @@ def control(config: Path, **options: Any) -> Iterator[ControlProcess]:
         started.kill()
 
 
-def command(settings: Settings, op: str, scope: Scope, /, **changes: Any) -> tuple[UUID, bytes]:
-    """-> id, value of a command; `changes` replace fields of the document."""
+def issuer(name: str, ops: Sequence[str] = ("*",), tenants: Sequence[str] = ("*",)) -> tuple[Signer, dict[str, Any]]:
+    """A new key, and its entry for `control.issuers`."""
+    signer = Signer(Ed25519PrivateKey.generate())
+    public = base64.b64encode(signer.public.public_bytes_raw()).decode()
+    return signer, {"name": name, "public_key": public, "ops": list(ops), "tenants": list(tenants)}
+
+
+def command(settings: Settings, op: str, scope: Scope, /, *, signers: Sequence[Signer] = (), **changes: Any) -> tuple[UUID, bytes]:
+    """-> id, value of a command, signed if there are signers; `changes` replace fields of the document."""
     command_id, now = uuid4(), datetime.now(UTC)
     value = compose(
         command_id=command_id,
@@ -113,7 +124,9 @@ def command(settings: Settings, op: str, scope: Scope, /, **changes: Any) -> tup
         not_after=now + timedelta(hours=1),
         options={},
     )
-    return command_id, json.dumps(json.loads(value) | changes).encode() if changes else value
+    if changes:
+        value = json.dumps(json.loads(value) | changes).encode()
+    return command_id, dsse.sign(PAYLOAD_TYPE, value, signers).to_bytes() if signers else value
 
 
 def send(settings: Settings, *values: bytes | None, key: str = "any") -> None:

@@ -129,13 +129,14 @@ async def test_every_command_that_is_refused_gets_a_receipt_and_the_topic_moves_
         bad.append((code, *kit.command(world.settings, "shred", scope, **changes)))
     bad.append(("unknown_stream", *kit.command(world.settings, "rotate", stream_of("acme", "none"))))
     bad.append(("dry_run_unsupported", *kit.command(world.settings, "rotate", ACME, options={"dry_run": True})))
-    bad.append(("signature_unsupported", None, json.dumps({"payloadType": "x", "payload": "e30=", "signatures": []}).encode()))
+    bad.append(("malformed", None, json.dumps({"payloadType": "x", "payload": "e30=", "signatures": []}).encode()))
+    bad.append(("unknown_issuer", *kit.command(world.settings, "shred", ACME, signers=[kit.issuer("stranger")[0]])))
     good, last = kit.command(world.settings, "rotate", stream_of("acme", "own"))
     with kit.control(world.config):
         kit.send(world.settings, *(raw for _, _, raw in bad), last, key="acme")  # one key: one partition, in order
         assert (await world.final(good))["status"] == "done"
         # rejected at once: one receipt; refused by what the execution found: accepted, then rejected
-        late = {str(i) for code, i, _ in bad if code in ("shared_key", "unknown_stream")}
+        late = {str(i) for code, i, _ in bad if code in ("shared_key", "unknown_stream", "unknown_scope")}
         receipts = await world.published(len(bad) + len(late) + 2)
     rejected = [r for r in receipts if r["status"] == "rejected"]
     assert Counter(r["error"]["code"] for r in rejected) == Counter(code for code, _, _ in bad)
