@@ -1,9 +1,15 @@
 """The seams. A flow sees these Protocols; adapters and the memory twins in `sidecar.testing` implement them."""
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from sidecar.core.kms import KmsTraits, KmsVersion
+from sidecar.core.model import Erased, Event
+from sidecar.core.store import DEFAULT_TENANT, Aggregated, Appended, Cursor, Expected, ExpectedVersion, NewEvent, StreamRead, Unreadable
+
+State = TypeVar("State")
 
 
 class Kms(Protocol):
@@ -51,3 +57,55 @@ class Kms(Protocol):
 class Clock(Protocol):
     def now(self) -> datetime:
         """Aware, in UTC."""
+
+
+class EventStore(Protocol):
+    """What `create_crypto_event_store` decorates, and what it gives. Positions count from 1 without gaps; a version is the last position.
+
+    `session` is a unit of work of the store: what was appended in it is there when its block ends well, and gone when it does not.
+    """
+
+    def session(self) -> AbstractAsyncContextManager[Any]:
+        """A session, for the length of a block; its appends become visible together."""
+
+    async def append_to_stream(
+        self,
+        stream: str,
+        events: Sequence[NewEvent],
+        *,
+        tenant: str = DEFAULT_TENANT,
+        stream_class: str | None = None,
+        expected_version: ExpectedVersion = Expected.ANY,
+        session: Any = None,
+    ) -> Appended:
+        """All of the events, or none. `stream_class` counts at a stream's first event. Raises WrongVersion, RecordRefused, Unavailable."""
+
+    async def read_stream(
+        self,
+        stream: str,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        from_position: int = 1,
+        to_position: int | None = None,
+        max_count: int | None = None,
+        session: Any = None,
+    ) -> StreamRead:
+        """Events by position, both ends included. A stream that is not there reads as version 0. Raises AuthenticationFailed, Unavailable."""
+
+    async def aggregate_stream(
+        self, stream: str, evolve: Callable[[State, Event], State], initial: State, *, tenant: str = DEFAULT_TENANT, session: Any = None
+    ) -> Aggregated[State]:
+        """`evolve` over all events. Raises StreamErased where one of them is erased: a state without it would be wrong."""
+
+    async def read_all(
+        self,
+        *,
+        after: Cursor = Cursor(),
+        tenant: str | None = None,
+        classes: Sequence[str] | None = None,
+        limit: int = 500,
+    ) -> Sequence[tuple[Cursor, Event | Erased | Unreadable]]:
+        """The store's events in global order, of a tenant or of all; never one that could still be preceded by another.
+
+        One that cannot be read is an answer of its own, and holds up none of the others.
+        """

@@ -78,6 +78,11 @@ def parse_header(envelope: bytes) -> Header:
     )
 
 
+def nonce_of(envelope: bytes) -> bytes:
+    """The nonce of an envelope whose header was parsed."""
+    return envelope[PREFIX_BYTES:HEADER_BYTES]
+
+
 def stream_aad(tenant: bytes, stream: bytes) -> bytes:
     """The part of an event's associated data that its whole stream shares: kept packed per stream."""
     return lp(EVENT_DOMAIN, tenant, stream)

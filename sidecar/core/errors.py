@@ -6,10 +6,11 @@
     │   MalformedRecord, MalformedEnvelope, UnsupportedEnvelope, AuthenticationFailed (alert)
     ├ RecordRefused                                              audited refusal, the topic goes on
     ├ KeyUnavailable                                             never "plaintext instead"
-    │   KeyShredded (erased), UnknownKey (wait and alert), KeyExhausted (rotate and go on)
+    │   KeyShredded, StreamErased (erased), UnknownKey (wait and alert), KeyExhausted (rotate and go on)
     ├ AccessDenied                                               refuse, audit
     ├ CommandRejected                                            negative receipt
     ├ Conflict                                                   somebody else wrote first: reload and redo
+    │   WrongVersion (the caller decides)
     └ Unavailable                                                back off and retry, the partition waits
         KmsUnavailable, StoreUnavailable, BrokerUnavailable
 
@@ -82,6 +83,10 @@ class KeyShredded(KeyUnavailable):
     """The key was destroyed on command; what it protected reads as erased."""
 
 
+class StreamErased(KeyUnavailable):
+    """Events of the stream are erased: what is left of it gives no state, only a wrong one."""
+
+
 class UnknownKey(KeyUnavailable):
     """No such key is recorded. That is not the same as shredded: wait and alert."""
 
@@ -104,6 +109,10 @@ class CommandRejected(SidecarError):
 
 class Conflict(SidecarError):
     """Somebody else wrote first; reload and redo."""
+
+
+class WrongVersion(Conflict):
+    """The stream is not at the expected version: somebody else appended first."""
 
 
 class Unavailable(SidecarError):

@@ -1,11 +1,14 @@
 """The words of the product as values: identifiers, scopes, records (from Kafka) and events (stored)."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 from uuid import UUID
+
+import orjson
 
 from sidecar.core.errors import MalformedRecord
 
@@ -118,7 +121,7 @@ class KeyRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """A stored event, opened: `value` is the application's bytes, None for a tombstone."""
+    """A stored event, opened: `value` is the application's bytes, None for a tombstone; `data` is what they say."""
 
     tenant: str
     stream: str
@@ -135,6 +138,20 @@ class Event:
     occurred_at: datetime | None = None
     subject: str | None = None
     """Whose key it is sealed under, where that is a person's."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What an application gave along; `enc` says how the event is stored, where it is encrypted."""
+    content: str | None = None
+    """`json` or `bytes` of events that a library appended; None: from Kafka, nobody said."""
+
+    @property
+    def data(self) -> Any:
+        """The value as it was appended; of an event from Kafka the JSON that it is, else its bytes."""
+        if self.value is None or self.content == "bytes":
+            return self.value
+        try:
+            return orjson.loads(self.value)
+        except orjson.JSONDecodeError:
+            return self.value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,18 +1,24 @@
 """asyncpg's errors as ours, in one table; whatever is not named here is a defect and stays what it is."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import asyncpg
 
-from sidecar.core.errors import AccessDenied, Conflict, SidecarError, StoreUnavailable
+from sidecar.core.errors import AccessDenied, AuthenticationFailed, Conflict, RecordRefused, SidecarError, StoreUnavailable, WrongVersion
 
 FENCED = "KS001"
 """SQLSTATE of `begin_batch` when a lease is somebody else's."""
+REFUSED, MOVED, PLAINTEXT, VERSION = "KS002", "KS003", "KS004", "KS005"
+"""SQLSTATEs of `append_events`."""
 
 
 class Fenced(Conflict):
     """Another instance holds the lease of a partition."""
+
+
+class Moved(Conflict):
+    """The tenant's epoch or the policies are not those that the events were sealed with: reload the keys, seal again."""
 
 
 _CONFLICT = (
@@ -38,12 +44,21 @@ _UNAVAILABLE = (
 )
 
 
+_OURS: dict[str, Callable[[BaseException], SidecarError]] = {
+    FENCED: lambda _: Fenced(),
+    REFUSED: lambda error: RecordRefused(str(error)),  # the message is the reason, one of ours
+    MOVED: lambda _: Moved(),
+    PLAINTEXT: lambda _: AuthenticationFailed("plaintext for an encrypted stream"),
+    VERSION: lambda error: WrongVersion(str(error)),
+}
+
+
 def translate(error: BaseException) -> SidecarError | None:
     """The product's error for one of asyncpg's, or None. Only class and SQLSTATE are kept: details quote rows."""
     state = getattr(error, "sqlstate", None) or ""
     name = f"{type(error).__name__}{f' ({state})' if state else ''}"
-    if state == FENCED:
-        return Fenced()
+    if state in _OURS:
+        return _OURS[state](error)
     if isinstance(error, _CONFLICT):
         constraint = getattr(error, "constraint_name", None)
         return Conflict(f"Postgres: {name}{f' on {constraint}' if constraint else ''}")

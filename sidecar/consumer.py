@@ -1,0 +1,139 @@
+"""A subscription to the store: events in global order, one by one, to a handler, from a checkpoint on.
+
+    consumer = EventConsumer("read-model", PostgresEventStore(pool), decrypt=crypto.decrypt, tenant="acme", classes=["UserPersonalData"])
+    await consumer.run(handler, stop)
+
+At least once: the checkpoint moves behind what the handler has taken, so after a crash it may see its last events again. What cannot be
+reached is waited for, for ever, and the checkpoint stays. An event that cannot be read, or that the handler refuses again and again, is
+set aside and named (`set_asides`), and the next one follows. Of consumers of one name one works and the others stand by.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Final
+
+from sidecar import telemetry
+from sidecar.core.errors import KeyUnavailable, RecordError, Unavailable
+from sidecar.core.model import Erased, Event
+from sidecar.core.store import Cursor, Unreadable
+from sidecar.postgres import checkpoints
+from sidecar.postgres.connection import Connection
+from sidecar.postgres.errors import mapped
+from sidecar.postgres.event_store import PostgresEventStore
+
+Handler = Callable[[Event | Erased], Awaitable[None]]
+DecryptHook = Callable[[Sequence[Event]], Awaitable[Sequence[Event | Erased | RecordError]]]
+"""Opens what a store gave unopened: an answer per event, in order. Raises Unavailable or KeyUnavailable, which are waited for."""
+
+POLL_SECONDS: Final = 1.0
+"""How late a wake-up that got lost is made good."""
+PAGE: Final = 500
+PATIENCE: Final = 3
+"""How often a handler may refuse an event before it is set aside."""
+_TRANSIENT = (Unavailable, KeyUnavailable, ConnectionError, TimeoutError)
+
+
+class EventConsumer:
+    """One subscription. `run` may be called again after it has returned."""
+
+    def __init__(
+        self,
+        name: str,
+        store: PostgresEventStore,
+        *,
+        decrypt: DecryptHook | None = None,
+        tenant: str | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self.name, self._store, self._decrypt = name, store, decrypt
+        self._tenant, self._classes = tenant, classes
+        self._wake = asyncio.Event()
+
+    async def run(self, handler: Handler, stop: asyncio.Event) -> None:
+        """Until `stop`; the event in hand is finished."""
+        pause = 0.1
+        while not stop.is_set():
+            try:
+                async with self._store.pool.acquire() as held:
+                    await self._work(held, handler, stop)  # type: ignore[arg-type]
+                pause = 0.1
+            except _TRANSIENT as error:
+                telemetry.retries.labels("consumer").inc()
+                telemetry.log.warning("a consumer waits", extra={"action": "consume", "consumer": self.name, "error": error})
+                await self._sleep(stop, pause)
+                pause = min(5.0, pause * 2)
+
+    async def _work(self, connection: Connection, handler: Handler, stop: asyncio.Event) -> None:
+        """On one session: it holds the consumer's name, and hears of new events."""
+        if not await checkpoints.take(connection, self.name):
+            return await self._sleep(stop, POLL_SECONDS)
+        with mapped():
+            await connection.add_listener(checkpoints.CHANNEL, self._heard)
+        try:
+            while not stop.is_set():
+                self._wake.clear()
+                cursor = await checkpoints.listen(connection, self.name)
+                if not await self._page(connection, cursor, handler, stop):
+                    await self._sleep(stop, POLL_SECONDS)
+        finally:
+            with suppress(Exception):
+                await connection.remove_listener(checkpoints.CHANNEL, self._heard)
+                await connection.execute("SELECT pg_advisory_unlock_all()")
+
+    def _heard(self, *_: object) -> None:
+        self._wake.set()
+
+    async def _sleep(self, stop: asyncio.Event, seconds: float) -> None:
+        """Until something new is stored, `stop`, or the time is up."""
+        waiting = [asyncio.create_task(event.wait()) for event in (self._wake, stop)]
+        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+
+    async def _page(self, connection: Connection, cursor: Cursor, handler: Handler, stop: asyncio.Event) -> bool:
+        """The next events; -> whether there were any. The checkpoint follows also when one of them must wait."""
+        found = await self._store.read_all(after=cursor, tenant=self._tenant, classes=self._classes, limit=PAGE)
+        opened = await self._opened([held for _, held in found])
+        reached = cursor
+        try:
+            for (place, _), held in zip(found, opened, strict=True):
+                if stop.is_set():
+                    break
+                await self._hand_over(connection, held, handler)
+                reached = place
+        finally:
+            if reached != cursor:
+                await checkpoints.advance(connection, self.name, reached)
+        return bool(found)
+
+    async def _opened(self, found: Sequence[Event | Erased | Unreadable]) -> Sequence[Event | Erased | Unreadable]:
+        if self._decrypt is None:
+            return found
+        events = [held for held in found if isinstance(held, Event)]
+        answers = iter(await self._decrypt(events))
+        return [_answer(held, next(answers)) if isinstance(held, Event) else held for held in found]
+
+    async def _hand_over(self, connection: Connection, held: Event | Erased | Unreadable, handler: Handler) -> None:
+        if isinstance(held, Unreadable):
+            return await self._set_aside(connection, held, held.error)
+        for attempt in range(1, PATIENCE + 1):
+            try:
+                return await handler(held)
+            except _TRANSIENT:
+                raise
+            except Exception as error:
+                if attempt == PATIENCE:
+                    await self._set_aside(connection, held, error)
+
+    async def _set_aside(self, connection: Connection, held: Event | Erased | Unreadable, error: Exception) -> None:
+        """By name and place: what the error says may quote the event."""
+        said = telemetry.describe(error)
+        await checkpoints.set_aside(connection, self.name, held.tenant, held.stream, held.position, said)
+        telemetry.log.error("an event is set aside", extra={"action": "consume", "consumer": self.name, "position": held.position, "error": said})
+
+
+def _answer(event: Event, answer: Event | Erased | RecordError) -> Event | Erased | Unreadable:
+    if isinstance(answer, RecordError):
+        return Unreadable(tenant=event.tenant, stream=event.stream, position=event.position, error=answer)
+    return answer

@@ -1,0 +1,245 @@
+"""The store that applications append to: `PostgresEventStore`, the sidecar's own tables.
+
+Knows nothing of keys. An encrypted event is, to it, data that says `ks1.…` beside metadata that say `enc`: kept as the envelope's bytes,
+given back the same way. What the sidecar stored reads here, and what is appended here the sidecar can open.
+"""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final, TypeVar, cast
+from uuid import uuid4
+
+import orjson
+
+from sidecar.core.envelope import TEXT_PREFIX, from_text, nonce_of, parse_header, to_text
+from sidecar.core.errors import AuthenticationFailed, Conflict, MalformedRecord, RecordError, StreamErased, WrongVersion
+from sidecar.core.model import UNCLASSIFIED, Erased, Event, identifier, tenant_id
+from sidecar.core.store import (
+    DEFAULT_TENANT,
+    Aggregated,
+    Appended,
+    Cursor,
+    Expected,
+    ExpectedVersion,
+    NewEvent,
+    StreamRead,
+    Unreadable,
+    as_number,
+    encode,
+)
+from sidecar.core.view import guard_stripe, parse_attributes
+from sidecar.postgres.connection import Connection, Pool, transaction
+from sidecar.postgres.errors import mapped
+
+State = TypeVar("State")
+ATTEMPTS: Final = 20
+"""The data plane may write to the same stream: its batches take no row lock, so an append may have to be tried again."""
+
+COLUMNS = """
+SELECT m.tenant_id, m.stream_id, m.stream_position, m.message_id, m.message_type, m.schema_version, m.occurred_at, m.created_at, m.data,
+  m.data_encrypted, m.metadata, m.is_tombstone, m.source_id, m.source_partition, m.source_offset, m.transaction_id, m.global_position,
+  t.topic AS source_topic, s.stream_type_class, s.is_encrypted, s.encrypted_from_position, s.position AS stream_head
+FROM messages m LEFT JOIN streams s ON s.tenant_id = m.tenant_id AND s.stream_id = m.stream_id
+LEFT JOIN source_topics t ON t.source_id = m.source_id
+"""
+_OF_STREAM = COLUMNS + "WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position BETWEEN $3 AND $4 ORDER BY m.stream_position LIMIT $5"
+_HEAD = """SELECT greatest(coalesce((SELECT position FROM streams WHERE tenant_id = $1 AND stream_id = $2), 0),
+  coalesce((SELECT stream_position FROM messages WHERE tenant_id = $1 AND stream_id = $2 ORDER BY stream_position DESC LIMIT 1), 0))"""
+# A transaction that is still open may commit rows that stand before others: nothing at or beyond the oldest of them is read yet.
+_ALL = (
+    COLUMNS
+    + """WHERE (m.transaction_id, m.global_position) > ($1::text::xid8, $2) AND m.transaction_id < pg_snapshot_xmin(pg_current_snapshot())
+  AND ($3::text IS NULL OR m.tenant_id = $3) AND ($4::text[] IS NULL OR s.stream_type_class = ANY ($4))
+ORDER BY m.transaction_id, m.global_position LIMIT $5"""
+)
+_APPEND = "SELECT * FROM append_events($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)"
+_LAST: Final = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A transaction on one connection; made by `PostgresEventStore.session`."""
+
+    connection: Connection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SealedFor:
+    """As of what the events of an append were sealed: checked in its transaction, under the guard. Moved is raised if it no longer holds."""
+
+    epoch: int
+    policy_version: int
+
+
+class PostgresEventStore:
+    """Appends, reads and global order. Tenant and stream ids as everywhere: taken as they come, or MalformedRecord."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Session]:
+        async with transaction(self.pool) as connection:
+            yield Session(connection)
+
+    async def append_to_stream(
+        self,
+        stream: str,
+        events: Sequence[NewEvent],
+        *,
+        tenant: str = DEFAULT_TENANT,
+        stream_class: str | None = None,
+        expected_version: ExpectedVersion = Expected.ANY,
+        session: Session | None = None,
+        sealed_for: SealedFor | None = None,
+    ) -> Appended:
+        arguments = _arguments(stream, events, tenant, stream_class, expected_version, sealed_for)
+        for attempt in range(ATTEMPTS):
+            try:
+                return await self._append(arguments, session)
+            except WrongVersion:
+                raise
+            except Conflict as conflict:
+                again = type(conflict) is Conflict and session is None and arguments[4] < 0 and sealed_for is None
+                if not again or attempt == ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    async def _append(self, arguments: Sequence[Any], session: Session | None) -> Appended:
+        with mapped():
+            if session is not None:
+                async with session.connection.transaction():  # a savepoint: what is refused leaves the session usable
+                    row = await session.connection.fetchrow(_APPEND, *arguments)
+            else:
+                async with self.pool.acquire() as connection:
+                    row = await connection.fetchrow(_APPEND, *arguments)
+        found: Any = row
+        return Appended(first=found["first"], last=found["last"], created=found["created"])
+
+    async def read_stream(
+        self,
+        stream: str,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        from_position: int = 1,
+        to_position: int | None = None,
+        max_count: int | None = None,
+        session: Session | None = None,
+    ) -> StreamRead:
+        wanted = (tenant, stream, from_position, to_position if to_position is not None else _LAST, max_count)
+        async with self._reading(session) as connection:
+            with mapped():
+                rows = await connection.fetch(_OF_STREAM, *wanted)
+                whole = bool(rows) and to_position is None and max_count is None
+                version = rows[-1]["stream_position"] if whole else await connection.fetchval(_HEAD, tenant, stream)
+        return StreamRead(events=[event_of(row) for row in rows], version=version)
+
+    async def aggregate_stream(
+        self, stream: str, evolve: Callable[[State, Event], State], initial: State, *, tenant: str = DEFAULT_TENANT, session: Session | None = None
+    ) -> Aggregated[State]:
+        return aggregate(await self.read_stream(stream, tenant=tenant, session=session), evolve, initial)
+
+    async def read_all(
+        self,
+        *,
+        after: Cursor = Cursor(),
+        tenant: str | None = None,
+        classes: Sequence[str] | None = None,
+        limit: int = 500,
+    ) -> Sequence[tuple[Cursor, Event | Erased | Unreadable]]:
+        async with self._reading(None) as connection:
+            with mapped():
+                rows = await connection.fetch(_ALL, str(after.transaction), after.position, tenant, classes and list(classes), limit)
+        return [(Cursor(int(row["transaction_id"]), row["global_position"]), _readable(row)) for row in rows]
+
+    @asynccontextmanager
+    async def _reading(self, session: Session | None) -> AsyncIterator[Connection]:
+        if session is not None:
+            yield session.connection
+            return
+        with mapped():
+            async with self.pool.acquire() as connection:
+                yield cast(Connection, connection)
+
+
+def aggregate(read: StreamRead, evolve: Callable[[State, Event], State], initial: State) -> Aggregated[State]:
+    """Raises StreamErased rather than compute a state from half of a stream."""
+    state = initial
+    for event in read.events:
+        if isinstance(event, Erased):
+            raise StreamErased
+        state = evolve(state, event)
+    return Aggregated(state=state, version=read.version)
+
+
+def _arguments(
+    stream: str, events: Sequence[NewEvent], tenant: str, stream_class: str | None, expected: ExpectedVersion, sealed_for: SealedFor | None
+) -> tuple[Any, ...]:
+    """Of `append_events`, in order. Raises MalformedRecord for ids that are none."""
+    if not events:
+        raise MalformedRecord("an append needs events")
+    identifier(stream.encode("utf-8", "replace"), "stream id", "bad_stream")
+    now = datetime.now(UTC)
+    rows = [_row(event, now) for event in events]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    sealed = sealed_for is not None
+    return (
+        guard_stripe(tenant_id(tenant)), tenant, stream, stream_class or UNCLASSIFIED, as_number(expected),
+        sealed_for.epoch if sealed_for else 0 if sealed else None, sealed_for.policy_version if sealed_for else None, *columns,
+    )  # fmt: skip
+
+
+def _row(event: NewEvent, now: datetime) -> tuple[Any, ...]:
+    """id, type, schema version, time, plain bytes, envelope, attributes, is a tombstone."""
+    head = (event.id or str(uuid4()), event.type, event.schema_version, event.occurred_at or now)
+    identifier(head[0].encode("utf-8", "replace"), "event id")
+    identifier(event.type.encode("utf-8", "replace"), "event type")
+    if is_sealed(event):
+        return (*head, None, from_text(event.data), None, bool(event.metadata["enc"].get("tombstone")))
+    value, content = encode(event.data)
+    attributes: dict[str, Any] = {"key": None, "timestamp": int(head[3].timestamp() * 1000), "content": content}
+    if event.metadata:
+        attributes["metadata"] = dict(event.metadata)
+    return (*head, value, None, attributes, value is None)
+
+
+def is_sealed(event: NewEvent | Event) -> bool:
+    """Does it say of itself that it is an envelope? A string that merely begins like one has no `enc` beside it."""
+    return "enc" in event.metadata and isinstance(event.data, str) and event.data.startswith(TEXT_PREFIX)
+
+
+def encryption(envelope: bytes) -> dict[str, Any]:
+    """The plan's `enc`, from the envelope's clear header."""
+    header = parse_header(envelope)
+    return {"algo": header.suite.label, "keyId": str(header.key_id), "keyVersion": header.key_version, "iv": nonce_of(envelope).hex()}
+
+
+def _readable(row: Any) -> Event | Unreadable:
+    try:
+        return event_of(row)
+    except RecordError as error:
+        return Unreadable(tenant=row["tenant_id"], stream=row["stream_id"], position=row["stream_position"], error=error)
+
+
+def event_of(row: Any) -> Event:
+    """The event of a row, unopened where it is encrypted. Raises AuthenticationFailed for plaintext in an encrypted stream."""
+    source = (row["source_topic"], row["source_partition"], row["source_offset"]) if row["source_topic"] is not None else None
+    common: dict[str, Any] = {
+        "tenant": row["tenant_id"], "stream": row["stream_id"], "position": row["stream_position"], "message_id": row["message_id"],
+        "type": row["message_type"], "stream_class": row["stream_type_class"] or "", "source": source,
+        "schema_version": row["schema_version"], "occurred_at": row["occurred_at"],
+    }  # fmt: skip
+    sealed = row["data_encrypted"]
+    if sealed is not None:
+        enc = encryption(sealed) | ({"tombstone": True} if row["is_tombstone"] else {})
+        text = orjson.dumps(to_text(sealed))
+        return Event(**common, value=text, key=None, timestamp_ms=0, headers=(), metadata={"enc": enc}, content="json")
+    if row["is_encrypted"] and row["stream_position"] >= (row["encrypted_from_position"] or 1):
+        raise AuthenticationFailed("plaintext stands in an encrypted stream")
+    attributes = row["metadata"] or {}
+    key, timestamp, headers, _, subject = parse_attributes(attributes)
+    value = None if row["is_tombstone"] else bytes(row["data"])
+    more = {"subject": subject, "metadata": attributes.get("metadata", {}), "content": attributes.get("content")}
+    return Event(**common, value=value, key=key, timestamp_ms=timestamp, headers=headers, **more)

@@ -1,0 +1,203 @@
+"""A subscription to the store: resumable, waits for what is away, sets aside what is poison, misses nothing."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from sidecar.consumer import EventConsumer, Handler
+from sidecar.core.errors import StoreUnavailable, UnknownKey
+from sidecar.core.model import Erased, Event
+from sidecar.core.store import NewEvent
+from sidecar.postgres import checkpoints, migrations
+from sidecar.postgres.connection import connect, open_pool
+from sidecar.postgres.event_store import PostgresEventStore
+
+
+@pytest.fixture
+async def store(database: str) -> AsyncIterator[PostgresEventStore]:
+    connection = await connect(database)
+    await migrations.migrate(connection)
+    await connection.close()
+    pool = await open_pool(database, max_size=6)
+    yield PostgresEventStore(pool)
+    await pool.close()
+
+
+@dataclass
+class Seen:
+    """A handler that remembers, and fails as it is told."""
+
+    events: list[Event | Erased] = field(default_factory=list)
+    fails: Callable[[Event | Erased], None] = lambda _: None
+
+    async def __call__(self, event: Event | Erased) -> None:
+        self.fails(event)
+        self.events.append(event)
+
+    @property
+    def ids(self) -> list[str]:
+        return [event.message_id for event in self.events]
+
+
+@asynccontextmanager
+async def running(consumer: EventConsumer, handler: Handler) -> AsyncIterator[None]:
+    stop = asyncio.Event()
+    task = asyncio.create_task(consumer.run(handler, stop))
+    try:
+        yield
+    finally:
+        stop.set()
+        await task
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(40):
+        while not holds():  # noqa: ASYNC110 (several parties have a say in it)
+            await asyncio.sleep(0.02)
+
+
+async def append(store: PostgresEventStore, first: int, count: int, **options: Any) -> None:
+    for n in range(first, first + count):
+        await store.append_to_stream(f"s{n % 3}", [NewEvent(type="T", data=n, id=f"e{n}")], **options)
+
+
+def names(*numbers: int) -> list[str]:
+    return [f"e{n}" for n in numbers]
+
+
+async def test_a_consumer_goes_on_where_it_stopped(store: PostgresEventStore) -> None:
+    first, second = Seen(), Seen()
+    await append(store, 0, 5)
+    async with running(EventConsumer("c", store), first):
+        await until(lambda: len(first.ids) == 5)
+        await append(store, 5, 5)
+        await until(lambda: len(first.ids) == 10)
+    await append(store, 10, 3)
+    async with running(EventConsumer("c", store), second):
+        await until(lambda: len(second.ids) >= 3)
+    assert first.ids == names(*range(10))
+    assert second.ids == names(10, 11, 12)
+
+
+async def test_a_consumer_of_a_tenant_and_a_class_sees_no_other(store: PostgresEventStore) -> None:
+    seen = Seen()
+    for n, (tenant, stream_class) in enumerate([("a", "C"), ("a", "D"), ("b", "C"), ("a", "C")]):
+        await store.append_to_stream(f"{tenant}{stream_class}", [NewEvent(type="T", data=n, id=f"e{n}")], tenant=tenant, stream_class=stream_class)
+    async with running(EventConsumer("c", store, tenant="a", classes=["C"]), seen):
+        await until(lambda: len(seen.ids) >= 2)
+    assert seen.ids == names(0, 3)
+
+
+async def test_what_is_away_is_waited_for_and_the_checkpoint_stays(store: PostgresEventStore) -> None:
+    away = [True]
+
+    def fails(event: Event | Erased) -> None:
+        if event.message_id == "e1" and away[0]:
+            raise StoreUnavailable
+
+    seen = Seen(fails=fails)
+    await append(store, 0, 4)
+    async with running(EventConsumer("c", store), seen):
+        await until(lambda: seen.ids == ["e0"])
+        await asyncio.sleep(0.5)
+        assert seen.ids == ["e0"]
+        away[0] = False
+        await until(lambda: len(seen.ids) >= 4)
+    assert seen.ids == names(0, 1, 2, 3)
+    async with store.pool.acquire() as held:
+        assert await checkpoints.set_asides(held, "c") == []  # type: ignore[arg-type]
+
+
+async def test_a_key_that_is_not_known_is_waited_for_and_not_taken_for_poison(store: PostgresEventStore) -> None:
+    known = [False]
+
+    async def decrypt(events: Any) -> Any:
+        if not known[0]:
+            raise UnknownKey
+        return events
+
+    seen = Seen()
+    await append(store, 0, 2)
+    async with running(EventConsumer("c", store, decrypt=decrypt), seen):
+        await asyncio.sleep(0.5)
+        assert seen.ids == []
+        known[0] = True
+        await until(lambda: len(seen.ids) >= 2)
+    assert seen.ids == names(0, 1)
+
+
+async def test_a_poison_event_is_set_aside_and_named_and_the_next_one_follows(store: PostgresEventStore) -> None:
+    tried: list[str] = []
+
+    def fails(event: Event | Erased) -> None:
+        tried.append(event.message_id)
+        if event.message_id == "e1":
+            raise ValueError("the secret is 42")
+
+    seen = Seen(fails=fails)
+    await append(store, 0, 3)
+    async with running(EventConsumer("c", store), seen):
+        await until(lambda: len(seen.ids) >= 2)
+    assert seen.ids == names(0, 2)
+    assert tried.count("e1") == 3
+    async with store.pool.acquire() as held:
+        [named] = await checkpoints.set_asides(held, "c")  # type: ignore[arg-type]
+    assert (named["stream_id"], named["stream_position"], named["error"]) == ("s1", 1, "ValueError")
+
+
+async def test_planted_plaintext_is_set_aside_and_never_handed_over(store: PostgresEventStore) -> None:
+    await append(store, 0, 3)
+    await store.pool.execute("UPDATE streams SET is_encrypted = true, encrypted_from_position = 1 WHERE stream_id = 's1'")
+    seen = Seen()
+    async with running(EventConsumer("c", store), seen):
+        await until(lambda: len(seen.ids) >= 2)
+    assert seen.ids == names(0, 2)
+    async with store.pool.acquire() as held:
+        [named] = await checkpoints.set_asides(held, "c")  # type: ignore[arg-type]
+    assert named["error"].startswith("AuthenticationFailed")
+
+
+async def test_of_two_consumers_of_one_name_one_works_and_the_other_takes_over(store: PostgresEventStore) -> None:
+    one, two = Seen(), Seen()
+    await append(store, 0, 3)
+    async with running(EventConsumer("c", store), one):
+        await until(lambda: len(one.ids) == 3)
+        async with running(EventConsumer("c", store), two):
+            await append(store, 3, 3)
+            await until(lambda: len(one.ids) == 6)
+            assert two.ids == []
+    async with running(EventConsumer("c", store), two):
+        await append(store, 6, 2)
+        await until(lambda: len(two.ids) == 2)
+    assert (one.ids, two.ids) == (names(*range(6)), names(6, 7))
+
+
+async def test_a_consumer_is_woken_by_an_append(store: PostgresEventStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Polling alone would take longer than the test waits."""
+    monkeypatch.setattr("sidecar.consumer.POLL_SECONDS", 1000.0)
+    seen = Seen()
+    await append(store, 0, 1)
+    async with running(EventConsumer("c", store), seen):
+        await until(lambda: seen.ids == ["e0"])
+        await append(store, 1, 1)
+        await until(lambda: seen.ids == names(0, 1))
+
+
+async def test_writers_at_once_and_a_consumer_that_misses_none_and_keeps_each_streams_order(store: PostgresEventStore) -> None:
+    seen = Seen()
+    await append(store, 0, 1)
+
+    async def write(writer: int) -> None:
+        for n in range(30):
+            await store.append_to_stream(f"w{writer}", [NewEvent(type="T", data=n, id=f"{writer}-{n}")])
+
+    async with running(EventConsumer("c", store), seen):
+        await asyncio.gather(*(write(writer) for writer in range(6)))
+        await until(lambda: len(seen.ids) >= 181)
+    assert len(set(seen.ids)) == len(seen.ids) == 181
+    for writer in range(6):
+        assert [i for i in seen.ids if i.startswith(f"{writer}-")] == [f"{writer}-{n}" for n in range(30)]
