@@ -31,18 +31,31 @@ CREATE TABLE residue (                           -- where copies outlive the key
 CREATE INDEX residue_pending ON residue (next_at) WHERE state = 'pending';
 
 -- ── ledger ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-CREATE TABLE ledger (                            -- the outbox of the ledger topic: shreds, holds, releases, readmissions
-  seq BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, entry_id UUID NOT NULL UNIQUE, command_id UUID NOT NULL,
+CREATE TABLE ledger (                            -- the entries that this database has; those not yet published are the topic's outbox
+  seq BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, entry_id UUID NOT NULL UNIQUE, command_id UUID NOT NULL, tenant_ref BYTEA NOT NULL,
   envelope BYTEA NOT NULL, created_at TIMESTAMPTZ NOT NULL DEFAULT now(), published_at TIMESTAMPTZ
 );
-CREATE TABLE ledger_watermark (                  -- up to where this database has the ledger's entries, and which server it was on
+CREATE INDEX ledger_tenant ON ledger (tenant_ref, seq);
+CREATE INDEX ledger_unpublished ON ledger (seq) WHERE published_at IS NULL;
+CREATE TABLE ledger_watermark (                  -- up to where this database has the topic's entries, and which server it was on
   only_row BOOLEAN PRIMARY KEY DEFAULT true CHECK (only_row),
-  offsets JSONB NOT NULL DEFAULT '{}', system_identifier TEXT, timeline INT, replayed_at TIMESTAMPTZ
+  topic_id TEXT, next_offset BIGINT NOT NULL DEFAULT 0, system_identifier TEXT, timeline INT, replayed_at TIMESTAMPTZ
 );
 INSERT INTO ledger_watermark DEFAULT VALUES;
-CREATE TABLE erased_refs (                       -- fences by pseudonym: of scopes that a restored database does not know (yet)
+CREATE TABLE erased_refs (                       -- fences by pseudonym: of streams, classes and subjects that a restored database does not know (yet)
   ref BYTEA PRIMARY KEY, tenant_ref BYTEA NOT NULL, scope_kind TEXT NOT NULL, command_id UUID NOT NULL, erased_at TIMESTAMPTZ NOT NULL
 );
+CREATE INDEX erased_refs_tenant ON erased_refs (tenant_ref, scope_kind);
+-- The pseudonyms of core/audit.py: the first 16 bytes of SHA-256 over the parts, each behind its length.
+CREATE FUNCTION lp(part TEXT) RETURNS BYTEA LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+  RETURN int4send(length(convert_to(part, 'UTF8'))) || convert_to(part, 'UTF8');
+CREATE FUNCTION tenant_ref(tenant TEXT) RETURNS BYTEA LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+  RETURN substring(sha256(lp('ks/tenant-ref/v1') || lp(tenant)) FOR 16);
+CREATE FUNCTION scope_ref(tenant TEXT, kind TEXT, id TEXT) RETURNS BYTEA LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+  RETURN substring(sha256(lp('ks/scope-ref/v1') || lp(tenant) || lp(kind) || lp(id)) FOR 16);
+-- A readmitted tenant gets new keys beside the ones of its older generations, whose rows stay as they were.
+DROP INDEX one_active_key;
+CREATE UNIQUE INDEX one_active_key ON encryption_keys (tenant_id, scope_kind, scope_id, generation) WHERE is_active;
 
 -- ── evidence ────────────────────────────────────────────────────────────────────────────────────────────────────────
 CREATE TABLE certificates (
