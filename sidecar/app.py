@@ -18,9 +18,11 @@ from sidecar.core.policy import Classifier
 from sidecar.event_store import Ciphers
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.consumer import KafkaSource
+from sidecar.kafka.ledger import LedgerTopic
 from sidecar.kafka.producer import TransactionalProducer
 from sidecar.keys import KeyManagement
 from sidecar.kms import open_kms
+from sidecar.ledger import LedgerGate
 from sidecar.partitions import Claimer, Sources
 from sidecar.pipeline import Pipeline, Ports
 from sidecar.postgres import migrations
@@ -100,6 +102,7 @@ async def compose(settings: Settings, instance_id: str, *, pipeline_of: Callable
         load_policies=lambda: store.policies(settings.policies.unmatched),
         new_ciphers=lambda: Ciphers(store, keys),
         claim=claimer.claim,
+        ledger=LedgerGate(LedgerTopic(settings, admin), settings.deployment, records=True),
         clock=SystemClock(),
     )
     pipeline = pipeline_of(ports)

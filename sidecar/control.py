@@ -18,11 +18,13 @@ import orjson
 
 from sidecar import telemetry
 from sidecar.core.command import Command, receipt, receipt_id, stored
-from sidecar.core.errors import CommandRejected, Conflict, SidecarError, Unavailable
+from sidecar.core.errors import CommandRejected, Conflict, LedgerBehind, SidecarError, Unavailable
 from sidecar.inbox import Backoff, Inbox, log_status, schedule_rotations
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.client import ProducerFenced
+from sidecar.kafka.ledger import CONFIG, PARTITIONS, LedgerTopic
 from sidecar.kafka.receipts import Outgoing, ReceiptPublisher, ViewWriter
+from sidecar.ledger import Ledger, LedgerGate
 from sidecar.notices import Notices
 from sidecar.ports import Clock
 from sidecar.postgres import audit, commands, guard, migrations
@@ -234,6 +236,9 @@ class ControlPlane:
         finally:
             await connection.close()
         self._admin = Admin(self._settings)
+        self._signer = control_signer(self._settings)
+        self._ledger_topic = LedgerTopic(self._settings, self._admin)
+        self._gate = LedgerGate(self._ledger_topic, self._settings.deployment, records=True)
         await asyncio.to_thread(create_topics, self._admin, self._settings)
         self._pool = await open_pool(dsn, application_name="sidecar control", max_size=AT_ONCE * 2 + 4)
         self.inbox = Inbox(self._settings, self._pool, self._clock, self._wake_executor)
@@ -278,6 +283,7 @@ class ControlPlane:
                         await asyncio.sleep(POLL_SECONDS)
                         continue
                     try:
+                        await self._gate.check(connection)
                         if not leading:
                             await self._lead(self)
                             leading = True
@@ -290,6 +296,9 @@ class ControlPlane:
                 except Unavailable as error:
                     self._trouble = str(error)
                     telemetry.log.warning("control waits", extra={"action": "lead", "error": error})
+                    if leading and isinstance(error, LedgerBehind):
+                        await self._follow()  # commands are for a database that is served
+                        leading = False
                     await backoff.wait()
         finally:
             self._state = "stopped"
@@ -313,7 +322,8 @@ class ControlPlane:
 
     async def _work(self, lock: Connection) -> None:
         """Executor, outbox, timer; returns when the session of the lock is gone, raises what one of them raises."""
-        steps = Steps(self._pool, self._admin, self._clock)
+        ledger = Ledger(self._pool, self._ledger_topic, self._signer, self._settings.deployment)
+        steps = Steps(self._pool, self._admin, self._clock, ledger)
         notices = Notices(self._pool, self._admin, ViewWriter(self._settings))
         flows: dict[str, Flow] = {"shred": Shredding(steps, notices), "rotate": Rotation(steps)}
         self._outbox = Outbox(self._pool, ReceiptPublisher(self._settings))
@@ -366,9 +376,11 @@ class ControlPlane:
 
 
 def create_topics(admin: Admin, settings: Settings) -> None:
-    """Commands by tenant on four partitions; receipts are kept for ever."""
+    """Commands by tenant on four partitions; receipts are kept for ever; the ledger in one order."""
     kept = {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
-    present = admin.describe([settings.control.topic, settings.control.receipts])
-    for topic, config in ((settings.control.topic, {"cleanup.policy": "delete"}), (settings.control.receipts, kept)):
+    control = settings.control
+    wanted = {control.topic: (4, {"cleanup.policy": "delete"}), control.receipts: (4, kept), control.ledger: (PARTITIONS, CONFIG)}
+    present = admin.describe(wanted)
+    for topic, (partitions, config) in wanted.items():
         if topic not in present:
-            admin.create(topic, 4, config)
+            admin.create(topic, partitions, config)

@@ -6,7 +6,7 @@ are not what was sealed for this place); not now (the KMS or Postgres is away).
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from sidecar.core.aead import Cipher, Suite, lp
@@ -16,7 +16,8 @@ from sidecar.core.keys import Kek, TenantState
 from sidecar.core.model import Erased, Event
 from sidecar.core.view import Attributes, guard_stripe, parse_attributes, unframe
 from sidecar.keys import KeyManagement, dek_row, kek_row, open_dek
-from sidecar.postgres.connection import Pool
+from sidecar.ledger import LedgerGate
+from sidecar.postgres.connection import Connection, Pool
 from sidecar.postgres.errors import mapped
 from sidecar.postgres.keystore import KeyStore
 
@@ -143,8 +144,8 @@ def _event(row: Any, value: bytes | None, carried: Attributes) -> Event:
 class EventStore:
     """Reads a tenant's events, decrypted, under the guard: after a shred's receipt no call that starts here decrypts its scope."""
 
-    def __init__(self, pool: Pool, keys: KeyManagement) -> None:
-        self._pool, self._keys = pool, keys
+    def __init__(self, pool: Pool, keys: KeyManagement, ledger: LedgerGate) -> None:
+        self._pool, self._keys, self._ledger = pool, keys, ledger
 
     async def read(
         self, tenant: str, *, stream: str | None = None, stream_class: str | None = None, from_position: int = 1, limit: int = 1000
@@ -164,7 +165,9 @@ class EventStore:
 
     async def _epoch(self, tenant: str) -> int | None:
         with mapped():
-            async with self._pool.acquire() as connection:
+            async with self._pool.acquire() as held:
+                connection = cast(Connection, held)
+                await self._ledger.check(connection)
                 epoch: int | None = await connection.fetchval("SELECT epoch FROM tenants WHERE tenant_id = $1", tenant)
                 return epoch
 

@@ -25,6 +25,7 @@ from sidecar.intake import YIELD_EVERY_RECORDS, Intake
 from sidecar.kafka.client import ProducerFenced
 from sidecar.kafka.consumer import Batch, KafkaSource, Partition
 from sidecar.kafka.producer import Outgoing, TooLarge, TransactionalProducer
+from sidecar.ledger import LedgerGate
 from sidecar.partitions import Claim, Partitions
 from sidecar.ports import Clock
 from sidecar.postgres.batches import GuardSession, Refusal, TenantStates
@@ -55,6 +56,7 @@ class Ports:
     dead_letter_partitions: int
     load_policies: Callable[[], Any]
     new_ciphers: Callable[[], Ciphers]
+    ledger: LedgerGate
     claim: Claim
     clock: Clock
 
@@ -229,6 +231,7 @@ class Pipeline:
                 await self._abandon()
                 await self.ports.producer.reopen()
                 await self.ports.session.open()
+                await self.ports.ledger.check(self.ports.session.connection)
                 await self.partitions.reclaim_all(self.ports.session.connection, self.source)
                 self._voids += 1
                 self._policies = await self.ports.load_policies()

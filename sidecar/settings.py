@@ -225,6 +225,10 @@ class IssuerSettings(_Section):
 class ControlSettings(_Section):
     topic: str = "sidecar.control"
     receipts: str = "sidecar.receipts"
+    ledger: str = "sidecar.ledger"
+    """What a restored or failed-over database is compared with before it is served. One partition; never delete it."""
+    ledger_keys: list[Path] = []
+    """Public keys of former control planes: `ledger replay` believes their entries too."""
     allow_unsigned: bool = False
     issuers: list[IssuerSettings] = []
     """Whose signed commands are carried out."""
@@ -381,7 +385,9 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
         "signing_key": control.signing_key or (_DEVELOPMENT_SIGNING_KEY if settings.profile == "development" else None),
     }
     issuers = [i.model_copy(update={"public_key_file": i.public_key_file and (base / i.public_key_file).resolve()}) for i in control.issuers]
-    control = control.model_copy(update={name: path and (base / path).resolve() for name, path in keys.items()} | {"issuers": issuers})
+    trusted = [(base / path).resolve() for path in control.ledger_keys]
+    found = {name: path and (base / path).resolve() for name, path in keys.items()}
+    control = control.model_copy(update={**found, "issuers": issuers, "ledger_keys": trusted})
     return settings.model_copy(update={"kafka": kafka, "kms": kms, "control": control})
 
 

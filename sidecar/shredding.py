@@ -3,7 +3,7 @@
 shred   → fenced        guard, source end offsets, keys gone, fence, tenant epoch, audit: from here on nobody gets a key
         → barred        instances that did not let go are fenced; then the views' log end offsets
         [→ noticed → cleared   with include_plain: notices first, then plain events deleted and their view records tombstoned]
-        → inaccessible  the receipt
+        → inaccessible  the entry of the fence is on the ledger topic; then the receipt
         → done          an erased notice per view partition (a crash may repeat one, with the same ce_id)
 """
 
@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 from sidecar.core.command import Command, rfc3339
 from sidecar.core.errors import BrokerUnavailable, StoreUnavailable
+from sidecar.core.ledger import SourceEnd
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.kafka.admin import TopicInfo
 from sidecar.notices import Notices, plain_tombstones
@@ -60,7 +61,7 @@ class Shredding:
             sources = await shreds.source_topics(connection)
         described = await asyncio.to_thread(self._steps.admin.describe, {topic for _, topic, _ in sources})
         async with self._steps.under_guard(scope.tenant) as connection:
-            await shreds.lock_tenant(connection, scope.tenant)
+            tenant = await shreds.lock_tenant(connection, scope.tenant)
             ends = await self._source_ends(sources, described)
             keys = await shreds.destroy(connection, scope, command.command_id)
             await shreds.record_barriers(connection, command.command_id, scope.tenant, ends)
@@ -69,6 +70,10 @@ class Shredding:
             if not keys.fingerprints and not await self._known(connection, scope):
                 facts["note"] = "nothing_found, fenced"
             facts |= await self._steps.audited(connection, command, f"{scope.kind}.shred", keys)
+            await self._steps.ledger.enter(
+                connection, command, "shred", at=self._steps.clock.now(), generation=tenant.generation,
+                sources=_in_ledger(sources, ends), keys_sha256=facts["keys"]["fingerprints_sha256"],
+            )  # fmt: skip
             fenced = await commands.advance(connection, job, "fenced", facts)
         self._steps.settled(scope.tenant)
         # Taken after the commit: a receipt never claims an earlier time than the true one. After a crash it is the time of the resumption.
@@ -107,6 +112,8 @@ class Shredding:
 
     async def _inaccessible(self, job: Job, command: Command) -> Job:
         scope = command.scope
+        await self._steps.ledger.publish()
+        failpoint("shred:in ledger")
         events, deks, residue = await asyncio.gather(
             self._bounded(lambda c: shreds.count_events(c, scope)),
             self._bounded(lambda c: shreds.count_deks(c, scope)) if scope.kind is ScopeKind.TENANT else _nothing(),
@@ -180,6 +187,14 @@ class Shredding:
                 job = await commands.advance(connection, job, step, {"plain_deleted": deleted})
             if step == "cleared":
                 return job
+
+
+def _in_ledger(sources: list[tuple[int, str, str]], ends: dict[int, dict[int, int]]) -> list[SourceEnd]:
+    return [
+        SourceEnd(topic=topic, topic_id=topic_id, partition=partition, end_offset=offset)
+        for source, topic, topic_id in sources
+        for partition, offset in ends.get(source, {}).items()
+    ]
 
 
 async def _nothing() -> None:

@@ -17,6 +17,7 @@ from sidecar import telemetry
 from sidecar.core.audit import scope_ref
 from sidecar.core.command import Command, receipt, receipt_id
 from sidecar.kafka.admin import Admin
+from sidecar.ledger import Ledger
 from sidecar.ports import Clock
 from sidecar.postgres import audit, guard
 from sidecar.postgres.commands import Job
@@ -43,8 +44,8 @@ def failpoint(name: str) -> None:
 class Steps:
     """Shared by the flows of one control process; keeps nothing that a restart would miss."""
 
-    def __init__(self, pool: Pool, admin: Admin, clock: Clock) -> None:
-        self.pool, self.admin, self.clock = pool, admin, clock
+    def __init__(self, pool: Pool, admin: Admin, clock: Clock, ledger: Ledger) -> None:
+        self.pool, self.admin, self.clock, self.ledger = pool, admin, clock, ledger
         self._evicted: dict[str, set[Backend]] = {}
 
     @asynccontextmanager

@@ -3,6 +3,7 @@
 from typing import Any
 
 from sidecar.core.errors import ConfigurationError
+from sidecar.kafka import ledger
 from sidecar.kafka.admin import Admin
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
@@ -16,6 +17,7 @@ def wanted(settings: Settings) -> dict[str, tuple[int, dict[str, str]]]:
     forever = {"cleanup.policy": "delete", "retention.ms": "-1"}
     out[settings.control.topic] = (1, {"cleanup.policy": "delete", "retention.ms": "604800000"})
     out[settings.control.receipts] = (1, forever)
+    out[settings.control.ledger] = (ledger.PARTITIONS, dict(ledger.CONFIG))
     out[settings.dead_letters.topic] = (1, {"cleanup.policy": "delete", "retention.ms": "2592000000"})
     return out
 

@@ -8,8 +8,10 @@ import typer
 from sidecar.cli.context import Cli, Exit, cli, fail, run_async
 from sidecar.core.model import Erased, Event
 from sidecar.event_store import EventStore
+from sidecar.kafka.ledger import LedgerTopic
 from sidecar.keys import KeyManagement
 from sidecar.kms import open_kms
+from sidecar.ledger import LedgerGate
 from sidecar.postgres.connection import open_pool
 
 app = typer.Typer(help="Stored events.", no_args_is_help=True)
@@ -19,7 +21,9 @@ _COLUMNS = ("stream_id", "position", "message_id", "type", "status", "value", "e
 async def _read(here: Cli, tenant: str, **wanted: Any) -> list[dict[str, Any]]:
     pool = await open_pool(here.settings.postgres.for_role("reader"), application_name="sidecar events")
     try:
-        found = await EventStore(pool, KeyManagement(open_kms(here.settings.kms.uri))).read(tenant, **wanted)
+        gate = LedgerGate(LedgerTopic(here.settings), here.settings.deployment)
+        store = EventStore(pool, KeyManagement(open_kms(here.settings.kms.uri)), gate)
+        found = await store.read(tenant, **wanted)
     finally:
         await pool.close()
     return [_shown(row, held) for row, held in found]

@@ -12,7 +12,7 @@
     ├ Conflict                                                   somebody else wrote first: reload and redo
     │   WrongVersion (the caller decides)
     └ Unavailable                                                back off and retry, the partition waits
-        KmsUnavailable, StoreUnavailable, BrokerUnavailable
+        KmsUnavailable, StoreUnavailable, BrokerUnavailable, LedgerBehind
 
 The docstring is the default message. No message ever holds a key, a payload, a token or a password.
 """
@@ -129,3 +129,7 @@ class StoreUnavailable(Unavailable):
 
 class BrokerUnavailable(Unavailable):
     """The Kafka broker cannot be reached."""
+
+
+class LedgerBehind(Unavailable):
+    """This database may lack shreds that the ledger has: it is not served before `sidecar ledger replay`."""

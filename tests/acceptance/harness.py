@@ -101,7 +101,12 @@ class World:
             "sources": [{"topic": self.topic}],
             "classes": [{"class": "CartData", "when": {"stream": "cart-*"}}, {"class": "UserPersonalData", "when": {"topic": self.topic}}],
             "views": [{"name": "users", "topic": self.view_topic, "partitions": view_partitions, "match": {"topics": [self.topic]}}],
-            "control": {"topic": f"{deployment}.control", "receipts": f"{deployment}.receipts", "allow_unsigned": True},
+            "control": {
+                "topic": f"{deployment}.control",
+                "receipts": f"{deployment}.receipts",
+                "ledger": f"{deployment}.ledger",
+                "allow_unsigned": True,
+            },
             "dead_letters": {"topic": f"{deployment}.dead"},
             "batch": {"max_records": 200, "max_wait_ms": 20},
             "http": {"port": 0},

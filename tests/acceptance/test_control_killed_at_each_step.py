@@ -39,7 +39,12 @@ async def prepare(stack: LocalStack, dsn: str, folder: Path, unique: Callable[[s
             "deployment": deployment,
             "kafka": {"bootstrap_servers": stack.bootstrap_servers},
             "postgres": {"dsn": dsn},
-            "control": {"topic": f"{deployment}.control", "receipts": f"{deployment}.receipts", "allow_unsigned": True},
+            "control": {
+                "topic": f"{deployment}.control",
+                "receipts": f"{deployment}.receipts",
+                "ledger": f"{deployment}.ledger",
+                "allow_unsigned": True,
+            },
             "http": {"port": 0},
         },
     )

@@ -24,9 +24,11 @@ from sidecar.core.model import Erased, Event, Scope
 from sidecar.event_store import EventStore
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.client import client_config
+from sidecar.kafka.ledger import LedgerTopic
 from sidecar.keys import KeyManagement
 from sidecar.kms import open_kms
 from sidecar.kms.file import create_key_file
+from sidecar.ledger import LedgerGate
 from sidecar.postgres import migrations
 from sidecar.postgres.connection import connect, open_pool
 from sidecar.settings import Settings, load
@@ -275,7 +277,9 @@ class World:
         async def read() -> list[dict[str, Any]]:
             pool = await open_pool(self.settings.postgres.for_role("reader"), application_name="a test")
             try:
-                store = EventStore(pool, KeyManagement(open_kms(self.settings.kms.uri)))
+                store = EventStore(
+                    pool, KeyManagement(open_kms(self.settings.kms.uri)), LedgerGate(LedgerTopic(self.settings), self.settings.deployment)
+                )
                 found = await store.read(tenant, stream=stream, stream_class=stream_class, limit=1_000_000)
             finally:
                 await pool.close()
@@ -339,7 +343,7 @@ def build(
             ]
         },
         "views": [{"name": "all", "topic": f"{name}.view", "partitions": 3}],
-        "control": {"topic": f"{name}.control", "receipts": f"{name}.receipts", "allow_unsigned": True},
+        "control": {"topic": f"{name}.control", "receipts": f"{name}.receipts", "ledger": f"{name}.ledger", "allow_unsigned": True},
         "dead_letters": {"topic": f"{name}.dead"},
         "http": {"port": 0},
     }

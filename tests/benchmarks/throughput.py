@@ -86,7 +86,7 @@ class Bench:
             "kms": {"uri": f"file:{key}"},
             "sources": [{"topic": topic}],
             "classes": [{"class": "Bench", "when": {"topic": topic}}],
-            "control": {"topic": f"control-{number}", "receipts": f"receipts-{number}", "allow_unsigned": True},
+            "control": {"topic": f"control-{number}", "receipts": f"receipts-{number}", "ledger": f"ledger-{number}", "allow_unsigned": True},
             "dead_letters": {"topic": f"dead-{number}"},
             "http": {"port": 0},
         }

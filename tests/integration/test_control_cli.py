@@ -35,7 +35,7 @@ def settings_of(stack: LocalStack, dsn: str, deployment: str, kafka: dict[str, A
         "deployment": deployment,
         "kafka": kafka or {"bootstrap_servers": stack.bootstrap_servers},
         "postgres": {"dsn": dsn},
-        "control": {"topic": f"{deployment}.control", "receipts": f"{deployment}.receipts", "allow_unsigned": True},
+        "control": {"topic": f"{deployment}.control", "receipts": f"{deployment}.receipts", "ledger": f"{deployment}.ledger", "allow_unsigned": True},
         "http": {"port": 0},
     }
 

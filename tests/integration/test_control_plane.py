@@ -87,7 +87,12 @@ async def world(local_stack: LocalStack, database: str, tmp_path: Path, unique: 
             "deployment": deployment,
             "kafka": {"bootstrap_servers": local_stack.bootstrap_servers},
             "postgres": {"dsn": database},
-            "control": {"topic": f"{deployment}.control", "receipts": f"{deployment}.receipts", "allow_unsigned": True},
+            "control": {
+                "topic": f"{deployment}.control",
+                "receipts": f"{deployment}.receipts",
+                "ledger": f"{deployment}.ledger",
+                "allow_unsigned": True,
+            },
             "http": {"port": 0},
         },
     )

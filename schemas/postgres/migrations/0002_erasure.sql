@@ -39,7 +39,7 @@ CREATE INDEX ledger_tenant ON ledger (tenant_ref, seq);
 CREATE INDEX ledger_unpublished ON ledger (seq) WHERE published_at IS NULL;
 CREATE TABLE ledger_watermark (                  -- up to where this database has the topic's entries, and which server it was on
   only_row BOOLEAN PRIMARY KEY DEFAULT true CHECK (only_row),
-  topic_id TEXT, next_offset BIGINT NOT NULL DEFAULT 0, system_identifier TEXT, timeline INT, replayed_at TIMESTAMPTZ
+  deployment TEXT, topic_id TEXT, next_offset BIGINT NOT NULL DEFAULT 0, system_identifier TEXT, timeline INT, replayed_at TIMESTAMPTZ
 );
 INSERT INTO ledger_watermark DEFAULT VALUES;
 CREATE TABLE erased_refs (                       -- fences by pseudonym: of streams, classes and subjects that a restored database does not know (yet)

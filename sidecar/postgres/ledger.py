@@ -1,0 +1,126 @@
+"""The ledger's entries in this database, what is still to be published, and what the database remembers of the topic and of its own server."""
+
+from dataclasses import dataclass
+from uuid import UUID
+
+from sidecar.core.ledger import Entry
+from sidecar.postgres.connection import Connection
+from sidecar.postgres.errors import mapped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """Which database this is. Whatever puts older contents in its place changes one of these, or the ledger tells."""
+
+    system_identifier: str
+    timeline: int
+    started: str
+    contents: str
+    """The database's and the ledger table's own ids: other ones after a dump was restored over it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watermark:
+    """What is on record. None: nothing yet."""
+
+    deployment: str | None
+    topic_id: str | None
+    next_offset: int
+    system_identifier: str | None
+    timeline: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    seq: int
+    entry_id: UUID
+    envelope: bytes
+
+
+async def server(connection: Connection) -> Server | None:
+    """None for a standby: it may lag, and shows no guard of the primary's."""
+    with mapped():
+        if await connection.fetchval("SELECT pg_is_in_recovery()"):
+            return None
+        row = await connection.fetchrow(
+            # the timeline of the WAL that is being written; pg_control_checkpoint() names the old one until the first checkpoint after a promotion
+            """SELECT (SELECT system_identifier::text FROM pg_control_system()) AS system_identifier,
+                 left(pg_walfile_name(pg_current_wal_lsn()), 8) AS timeline, pg_postmaster_start_time()::text AS started,
+                 (SELECT oid FROM pg_database WHERE datname = current_database()) || '/' || pg_relation_filenode('ledger') AS contents"""
+        )
+    assert row is not None  # noqa: S101 (a query of constants)
+    return Server(system_identifier=row["system_identifier"], timeline=int(row["timeline"], 16), started=row["started"], contents=row["contents"])
+
+
+async def watermark(connection: Connection) -> Watermark:
+    with mapped():
+        row = await connection.fetchrow("SELECT deployment, topic_id, next_offset, system_identifier, timeline FROM ledger_watermark")
+    assert row is not None  # noqa: S101 (the migration made it)
+    return Watermark(**dict(row))
+
+
+async def remember(connection: Connection, deployment: str, topic_id: str, next_offset: int, on: Server) -> None:
+    """This database has every entry of the deployment below the offset, and is served from here by right."""
+    with mapped():
+        await connection.execute(
+            """UPDATE ledger_watermark SET deployment = $1, next_offset = CASE WHEN topic_id = $2 THEN greatest(next_offset, $3) ELSE $3 END,
+                 topic_id = $2, system_identifier = $4, timeline = $5""",
+            deployment,
+            topic_id,
+            next_offset,
+            on.system_identifier,
+            on.timeline,
+        )
+
+
+async def mark_replayed(connection: Connection) -> None:
+    with mapped():
+        await connection.execute("UPDATE ledger_watermark SET replayed_at = now()")
+
+
+async def lacking(connection: Connection, ids: set[UUID]) -> set[UUID]:
+    """Those of the entries that this database does not have."""
+    with mapped():
+        rows = await connection.fetch("SELECT entry_id FROM ledger WHERE entry_id = ANY ($1)", list(ids))
+    return ids - {row["entry_id"] for row in rows}
+
+
+async def enter(connection: Connection, entry: Entry, envelope: bytes, *, published: bool = False) -> bool:
+    """In the transaction of the act. False if the database has the entry."""
+    with mapped():
+        done = await connection.execute(
+            """INSERT INTO ledger (entry_id, command_id, tenant_ref, envelope, published_at)
+               VALUES ($1, $2, $3, $4, CASE WHEN $5 THEN now() END) ON CONFLICT DO NOTHING""",
+            entry.entry_id,
+            entry.command_id,
+            entry.tenant_ref,
+            envelope,
+            published,
+        )
+    return str(done) == "INSERT 0 1"
+
+
+async def unpublished(connection: Connection) -> list[Waiting]:
+    """In the order of the acts: of one tenant they follow each other under its guard."""
+    with mapped():
+        rows = await connection.fetch("SELECT seq, entry_id, envelope FROM ledger WHERE published_at IS NULL ORDER BY seq LIMIT 500")
+    return [Waiting(**dict(row)) for row in rows]
+
+
+async def mark_published(connection: Connection, seqs: list[int]) -> None:
+    with mapped():
+        await connection.execute("UPDATE ledger SET published_at = clock_timestamp() WHERE seq = ANY ($1)", seqs)
+
+
+async def entries(connection: Connection) -> list[Waiting]:
+    """All, in order."""
+    with mapped():
+        rows = await connection.fetch("SELECT seq, entry_id, envelope FROM ledger ORDER BY seq")
+    return [Waiting(**dict(row)) for row in rows]
+
+
+async def envelopes_of(connection: Connection, tenant_ref: bytes) -> list[bytes]:
+    """The entries about a tenant, in order."""
+    with mapped():
+        rows = await connection.fetch("SELECT envelope FROM ledger WHERE tenant_ref = $1 ORDER BY seq", tenant_ref)
+    return [row["envelope"] for row in rows]
