@@ -1,11 +1,12 @@
 """Key management: makes, wraps and unwraps KEKs and DEKs. Says nothing of where they are kept; keeps no bytes of them."""
 
 import os
+from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
 
 from sidecar.core.aead import KEY_BYTES, NONCE_BYTES, Cipher, Suite, wipe
-from sidecar.core.errors import KeyShredded, UnknownKey
+from sidecar.core.errors import KeyShredded, KmsUnavailable, UnknownKey
 from sidecar.core.keys import Dek, DekRow, Kek, KekRow, KeyName, fingerprint, kek_context
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.ports import Kms
@@ -14,29 +15,53 @@ from sidecar.ports import Kms
 class KeyManagement:
     """KMS calls happen here and nowhere else. Raises KmsUnavailable, KeyShredded, UnknownKey, AuthenticationFailed."""
 
-    def __init__(self, kms: Kms) -> None:
-        self._kms = kms
+    def __init__(self, kms: Kms, *, dedicated: bool = False) -> None:
+        """`dedicated`: new KEKs are wrapped by a KMS key of their tenant alone. Which key opens a KEK is on its row."""
+        self._kms, self._dedicated = kms, dedicated
 
     async def make_kek(self, tenant: str, generation: int, version: int = 1) -> tuple[Kek, KekRow]:
         """A new KEK and the row to keep it in."""
         kek = Kek(tenant, generation, version, bytearray(os.urandom(KEY_BYTES)))
-        wrapped, kms_version = await self._kms.wrap(kek.payload(), kek_context(tenant, generation, version))
+        kms = await self._kms_of(tenant, self._dedicated)
+        wrapped, kms_version = await kms.wrap(kek.payload(), kek_context(tenant, generation, version))
         row = KekRow(
             tenant=tenant,
             generation=generation,
             version=version,
-            kms_uri=self._kms.uri,
+            kms_uri=kms.uri,
             kms_key_version=kms_version,
             wrapped=wrapped,
             fingerprint=fingerprint(kek.commitment()),
+            dedicated=self._dedicated,
         )
         return kek, row
 
     async def open_kek(self, row: KekRow) -> Kek:
         if row.wrapped is None:
             raise KeyShredded
-        payload = await self._kms.unwrap(row.wrapped, kek_context(row.tenant, row.generation, row.version), row.kms_key_version)
+        kms = await self._kms_of(row.tenant, row.dedicated)
+        try:
+            payload = await kms.unwrap(row.wrapped, kek_context(row.tenant, row.generation, row.version), row.kms_key_version)
+        except KeyShredded:
+            # Nobody shredded this row. It was re-wrapped since it was read, or the database is older than the seal epoch.
+            raise KmsUnavailable(
+                f"the KMS destroyed version {row.kms_key_version} of {kms.uri}, which still wraps a tenant key in this database: "
+                "if it stays so, restore a backup from after that seal epoch was retired"
+            ) from None
         return Kek.from_payload(payload, row.tenant, row.generation, row.version)
+
+    async def rewrap_kek(self, row: KekRow) -> KekRow:
+        """The same KEK under the KMS key's current version, tried before it is answered: the old wrap is given up for it."""
+        kek = await self.open_kek(row)
+        kms = await self._kms_of(row.tenant, row.dedicated)
+        wrapped, kms_version = await kms.wrap(kek.payload(), kek_context(row.tenant, row.generation, row.version))
+        kek.destroy()
+        again = replace(row, wrapped=wrapped, kms_key_version=kms_version)
+        (await self.open_kek(again)).destroy()
+        return again
+
+    async def _kms_of(self, tenant: str, dedicated: bool) -> Kms:
+        return await self._kms.dedicated(tenant) if dedicated else self._kms
 
 
 def make_dek(kek: Kek, scope: Scope, suite: Suite, key_id: UUID | None = None, version: int = 1) -> tuple[DekRow, Cipher]:
@@ -47,6 +72,12 @@ def make_dek(kek: Kek, scope: Scope, suite: Suite, key_id: UUID | None = None, v
     cipher = suite.cipher(secret)
     wipe(secret)
     return DekRow(name=name, kek_version=kek.version, wrapped=wrapped, commitment=committed), cipher
+
+
+def rewrap_dek(keks: dict[int, Kek], row: DekRow, under: Kek) -> bytes:
+    """The same DEK wrapped by another KEK of its tenant's generation. Raises as `open_dek`."""
+    dek = open_dek(keks, row)
+    return dek.wrapped_by(under, os.urandom(NONCE_BYTES))
 
 
 def open_dek(keks: dict[int, Kek], row: DekRow) -> Dek:
@@ -81,4 +112,5 @@ def kek_row(row: Any) -> KekRow:
         kms_key_version=row["kms_key_version"],
         wrapped=row["wrapped"],
         fingerprint=row["fingerprint"],
+        dedicated=row["dedicated"],
     )

@@ -88,6 +88,19 @@ class PostgresSettings(_Section):
 
 class KmsSettings(_Section):
     uri: str = "file:./keys/kek"
+    dedicated: bool = False
+    """A KMS key per tenant for tenants that come from now on, destroyed at the tenant's shred."""
+    roll_every: str | None = None
+    """How old a seal epoch gets before the control plane rolls it (30d); none: `sidecar keys roll-epoch` by hand."""
+    backup: Literal["confirmed", "none"] = "confirmed"
+    """confirmed: a retired version of the KMS key is destroyed only after `sidecar keys confirm-backup`; none: at once."""
+
+    @field_validator("roll_every")
+    @classmethod
+    def _duration(cls, value: str | None) -> str | None:
+        if value is not None:
+            duration_ms(value)
+        return value
 
 
 class SourceSettings(_Section):

@@ -134,6 +134,12 @@ class Dek:
         wipe(self._secret)
         return cipher
 
+    def wrapped_by(self, kek: Kek, nonce: bytes) -> bytes:
+        """The wrap under another KEK; the bytes of the DEK are wiped with that."""
+        wrapped, _ = kek.wrap(self._secret, self.name, nonce)
+        wipe(self._secret)
+        return wrapped
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KekRow:
@@ -146,6 +152,8 @@ class KekRow:
     kms_key_version: str
     wrapped: bytes | None
     fingerprint: bytes
+    dedicated: bool = False
+    """Wrapped by a KMS key of this tenant alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 from sidecar.core.audit import tenant_ref
 from sidecar.core.errors import StoreUnavailable
 from sidecar.core.streams import Fresh
-from sidecar.postgres import audit
+from sidecar.postgres import audit, seal_epochs
 from sidecar.postgres.connection import Connection, connect, refuse_transaction_pooling
 from sidecar.postgres.errors import mapped
 from sidecar.postgres.leases import Lease
@@ -211,9 +211,8 @@ class GuardSession:
             await connection.execute("INSERT INTO tenants (tenant_id) SELECT unnest($1::text[])", sorted(fresh.tenants))
         if fresh.keks:
             await connection.executemany(
-                """INSERT INTO tenant_keys (tenant_id, generation, kek_version, kms_uri, kms_key_version, wrapped, fingerprint, state)
-                   VALUES ($1,$2,$3,$4,$5,$6,$7,'active')""",
-                sorted((k.tenant, k.generation, k.version, k.kms_uri, k.kms_key_version, k.wrapped, k.fingerprint) for k in fresh.keks),
+                seal_epochs.INSERT_KEK,
+                [seal_epochs.kek_record(row) for row in sorted(fresh.keks, key=lambda k: (k.tenant, k.generation, k.version))],
             )
         if fresh.deks:
             await connection.copy_records_to_table("encryption_keys", records=_dek_records(fresh), columns=_DEK_COLUMNS)

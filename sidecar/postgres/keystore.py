@@ -15,7 +15,7 @@ _TENANTS = """
 SELECT t.tenant_id, t.state, t.generation, t.epoch,
   ARRAY(SELECT e.scope_id FROM erased_scopes e
         WHERE e.tenant_id = t.tenant_id AND e.scope_kind = 'class' AND e.readmitted_at IS NULL) AS erased_classes,
-  k.kek_version, k.kms_uri, k.kms_key_version, k.wrapped, k.fingerprint
+  k.kek_version, k.kms_uri, k.kms_key_version, k.wrapped, k.fingerprint, k.dedicated
 FROM tenants t LEFT JOIN tenant_keys k ON k.tenant_id = t.tenant_id AND k.generation = t.generation AND k.state <> 'destroyed'
 WHERE t.tenant_id = ANY ($1)"""
 

@@ -6,12 +6,37 @@ CREATE TABLE seal_epochs (                       -- a version of a KMS key, or o
   kms_uri TEXT NOT NULL, kms_key_version TEXT NOT NULL,
   state TEXT NOT NULL DEFAULT 'active' CHECK (state IN ('active','retiring','retired','destroying','destroyed')),
   tenant_id TEXT,                                -- of a dedicated key: whose
-  created_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+  created_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp(),
   retiring_at TIMESTAMPTZ, retired_at TIMESTAMPTZ,               -- no new KEK under it; no surviving KEK under it
   backup_confirmed_at TIMESTAMPTZ, backup_confirmed_by TEXT,     -- a keystore backup from after retired_at exists
-  destroy_requested_at TIMESTAMPTZ, irrecoverable_at TIMESTAMPTZ, destroyed_at TIMESTAMPTZ,
+  destroy_requested_at TIMESTAMPTZ, destroy_expected_at TIMESTAMPTZ,   -- expected: what the KMS announces; it can still be cancelled
+  destroyed_at TIMESTAMPTZ, irrecoverable_at TIMESTAMPTZ,        -- only once the KMS itself says destroyed
   PRIMARY KEY (kms_uri, kms_key_version)
 );
+ALTER TABLE tenant_keys ADD COLUMN dedicated BOOLEAN NOT NULL DEFAULT false;   -- wrapped by a KMS key of this tenant alone
+ALTER TABLE erased_scopes ADD COLUMN below_kek INT;   -- every KEK that ever wrapped its keys has a lower version; NULL: the newest one may have
+CREATE INDEX tenant_keys_epoch ON tenant_keys (kms_uri, kms_key_version) WHERE wrapped IS NOT NULL;
+CREATE INDEX erased_scopes_pending ON erased_scopes (tenant_id) WHERE below_kek IS NULL;
+INSERT INTO seal_epochs (kms_uri, kms_key_version, created_at) SELECT kms_uri, kms_key_version, min(created_at) FROM tenant_keys GROUP BY 1, 2;
+
+-- Whoever stores a wrapped KEK shares the epoch's row until the end of the transaction. The roller's `retiring` waits for the sharers
+-- and is seen by all who come later, so its scan finds every KEK that the old version wraps. 40001: wrap again, under the current one.
+CREATE FUNCTION share_seal_epoch() RETURNS TRIGGER LANGUAGE plpgsql AS $$
+DECLARE stands TEXT;
+BEGIN
+  IF NOT EXISTS (SELECT FROM seal_epochs e WHERE e.kms_uri = NEW.kms_uri AND e.kms_key_version = NEW.kms_key_version) THEN
+    INSERT INTO seal_epochs (kms_uri, kms_key_version, tenant_id)
+      VALUES (NEW.kms_uri, NEW.kms_key_version, CASE WHEN NEW.dedicated THEN NEW.tenant_id END) ON CONFLICT DO NOTHING;
+  END IF;
+  SELECT e.state INTO stands FROM seal_epochs e
+    WHERE e.kms_uri = NEW.kms_uri AND e.kms_key_version = NEW.kms_key_version AND coalesce(e.tenant_id, NEW.tenant_id) = NEW.tenant_id FOR SHARE;
+  IF stands IS DISTINCT FROM 'active' THEN
+    RAISE EXCEPTION 'the seal epoch is over' USING ERRCODE = '40001';
+  END IF;
+  RETURN NEW;
+END $$;
+CREATE TRIGGER seal_epoch BEFORE INSERT OR UPDATE OF wrapped, kms_key_version ON tenant_keys
+  FOR EACH ROW WHEN (NEW.wrapped IS NOT NULL) EXECUTE FUNCTION share_seal_epoch();
 
 -- ── shreds ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 CREATE TABLE quarantined_keys (                  -- within a grace: bytes that nobody may use, until they are destroyed

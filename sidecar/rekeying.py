@@ -1,0 +1,117 @@
+"""A new KEK for a tenant of which a stream, class or person was shredded: the old KEK goes, and with it what an old backup has of their keys.
+
+    made → (chunks) → done     both KEKs are live in between; a restart goes on with the newest
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Final
+from uuid import UUID
+
+from sidecar.core.errors import Conflict
+from sidecar.core.keys import Kek, KekRow
+from sidecar.keys import KeyManagement, dek_row, kek_row, rewrap_dek
+from sidecar.postgres import audit, rekeys, shreds
+from sidecar.postgres.connection import transaction
+from sidecar.postgres.rekeys import Rewrapped
+from sidecar.postgres.seal_epochs import SealEpoch
+from sidecar.steps import WRITER, Steps, failpoint
+
+CHUNK: Final = 2000
+_FIRST: Final = (UUID(int=0), 0)
+
+
+class Rekeying:
+    """Repeatable at every point. Raises Unavailable, Conflict, AuthenticationFailed (a key row that was altered: then the old KEK stays)."""
+
+    def __init__(self, steps: Steps, keys: KeyManagement) -> None:
+        self._steps, self._keys = steps, keys
+
+    async def rekey(self, tenant: str, retiring: SealEpoch, actor: str) -> None:
+        """Nothing of the tenant is under the retiring epoch afterwards, if it is active and no key of it is in quarantine."""
+        rows = await self._rows(tenant)
+        if not rows:
+            return
+        newest = kek_row(rows[-1])
+        if (newest.kms_uri, newest.kms_key_version) == (retiring.kms_uri, retiring.key_version):
+            newest = await self._start(newest, actor)
+        failpoint("rekey:made")
+        while not await self._finish(newest, await self._move(newest), actor):
+            pass
+
+    async def _rows(self, tenant: str) -> list[Any]:
+        async with transaction(self._steps.pool) as connection:
+            return await rekeys.keks(connection, tenant)
+
+    async def _start(self, last: KekRow, actor: str) -> KekRow:
+        kek, row = await self._keys.make_kek(last.tenant, last.generation, last.version + 1)
+        kek.destroy()
+        (await self._keys.open_kek(row)).destroy()  # before anything depends on it
+        async with self._steps.under_guard(last.tenant) as connection:
+            tenant = await shreds.lock_tenant(connection, last.tenant)
+            if (tenant.state, tenant.generation) != ("active", last.generation):
+                raise Conflict("the tenant changed meanwhile")
+            await rekeys.start(connection, row)
+            await shreds.next_epoch(connection, last.tenant, shredding=False)
+            details = {"generation": row.generation, "version": row.version, "kms_uri": row.kms_uri, "kms_key_version": row.kms_key_version}
+            await audit.append(
+                connection, writer=WRITER, at=self._steps.clock.now(), action="keys.rekey.begin", actor=actor, tenant=last.tenant, details=details
+            )
+        self._steps.settled(last.tenant)
+        return row
+
+    async def _move(self, newest: KekRow) -> int:
+        """Re-wrap every DEK that an older KEK wraps; -> the tenant epoch in which none was left."""
+        rows = await self._rows(newest.tenant)
+        keks = {row["kek_version"]: await self._keys.open_kek(kek_row(row)) for row in rows}
+        if newest.version not in keks:
+            raise Conflict("the tenant changed meanwhile")
+        try:
+            after, left = _FIRST, 0
+            while True:
+                async with transaction(self._steps.pool) as connection:
+                    deks = await rekeys.deks_below(connection, newest, after, CHUNK)
+                if not deks and not left:
+                    return int(rows[-1]["epoch"])
+                if not deks:
+                    after, left = _FIRST, 0  # some were locked by somebody: again from the beginning
+                    await asyncio.sleep(0.05)
+                    continue
+                again = await asyncio.to_thread(_rewrapped, keks, deks, keks[newest.version])
+                async with transaction(self._steps.pool) as connection:
+                    left += len(deks) - await rekeys.rewrap(connection, newest, again)
+                after = (deks[-1]["key_id"], deks[-1]["key_version"])
+                failpoint("rekey:moving")
+        finally:
+            for kek in keks.values():
+                kek.destroy()
+
+    async def _finish(self, newest: KekRow, epoch: int, actor: str) -> bool:
+        """False if the tenant's epoch moved since the last look: then a key may have come back under an older KEK."""
+        failpoint("rekey:moved")
+        async with self._steps.under_guard(newest.tenant) as connection:
+            tenant = await shreds.lock_tenant(connection, newest.tenant)
+            if (tenant.state, tenant.generation) != ("active", newest.generation):
+                return True  # shredded: there is nothing left to move
+            if tenant.epoch != epoch:
+                return False
+            gone = await rekeys.finish(connection, newest)
+            if gone:
+                await shreds.next_epoch(connection, newest.tenant, shredding=False)
+                details = {"generation": newest.generation, "version": newest.version, "destroyed": gone}
+                await audit.append(
+                    connection, writer=WRITER, at=self._steps.clock.now(), action="keys.rekey.done", actor=actor, tenant=newest.tenant, details=details
+                )
+        self._steps.settled(newest.tenant)
+        return True
+
+
+def _rewrapped(keks: dict[int, Kek], deks: Sequence[Any], under: Kek) -> list[Rewrapped]:
+    """In a thread: a chunk is tens of milliseconds of arithmetic."""
+    out = []
+    for record in deks:
+        row = dek_row(record)
+        wrapped = rewrap_dek(keks, row, under)
+        out.append(Rewrapped(key_id=row.name.key_id, version=row.name.version, was_under=row.kek_version, wrapped=wrapped))
+    return out
+
