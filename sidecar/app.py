@@ -85,7 +85,7 @@ async def compose(settings: Settings, instance_id: str, *, pipeline_of: Callable
     views, dead_letter_partitions = await prepare(settings, admin)
     dsn = settings.postgres.for_role("data")
     pool = await open_pool(dsn, application_name=f"sidecar keys {instance_id}")
-    keys, store = KeyManagement(kms), KeyStore(pool)
+    keys, store = KeyManagement(kms, dedicated=settings.kms.dedicated), KeyStore(pool)
     session = GuardSession(dsn, instance_id, settings.transactional_id(instance_id))
     sources = Sources(settings)
     claimer = Claimer(sources, session, admin, instance_id)

@@ -24,14 +24,16 @@ from sidecar.kafka.admin import Admin
 from sidecar.kafka.client import ProducerFenced
 from sidecar.kafka.ledger import CONFIG, PARTITIONS, LedgerTopic
 from sidecar.kafka.receipts import Outgoing, ReceiptPublisher, ViewWriter
+from sidecar.kms import open_kms
 from sidecar.ledger import Ledger, LedgerGate
 from sidecar.notices import Notices
-from sidecar.ports import Clock
+from sidecar.ports import Clock, Kms
 from sidecar.postgres import audit, commands, guard, migrations
 from sidecar.postgres.commands import Job, Unpublished
 from sidecar.postgres.connection import Connection, Pool, connect, open_pool, refuse_transaction_pooling, transaction
 from sidecar.postgres.guard import Backend
 from sidecar.rotation import Rotation
+from sidecar.sealing import Sealing
 from sidecar.settings import Settings
 from sidecar.shredding import Shredding
 from sidecar.signing import control_signer
@@ -219,6 +221,7 @@ class ControlPlane:
         self._state = "starting"
         self._trouble: str | None = None
         self._own: Backend | None = None
+        self._kms: Kms | None = None
         self._opened = False
         self._executor: Executor | None = None
         self._outbox: Outbox | None = None
@@ -360,11 +363,16 @@ class ControlPlane:
 
     def _timers(self) -> dict[str, tuple[float, Callable[[], Awaitable[object]]]]:
         """What is done again and again while leading: name → seconds between, and what. Each runs in a task of its own."""
-        return {"rotate": (self._timer_seconds, self._rotate_what_is_due)}
+        return {"rotate": (self._timer_seconds, self._rotate_what_is_due), "seal_epochs": (self._timer_seconds, self._roll_what_is_due)}
 
     async def _rotate_what_is_due(self) -> None:
         if await schedule_rotations(self._settings, self._pool, self._clock):
             self._wake_executor()
+
+    async def _roll_what_is_due(self) -> None:
+        if self._kms is None:
+            self._kms = open_kms(self._settings.kms.uri)
+        await Sealing(self._pool, self._clock, self._kms, self._settings.kms).follow_up()
 
     async def _again(self, name: str, seconds: float, act: Callable[[], Awaitable[object]]) -> None:
         while True:

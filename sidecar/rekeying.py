@@ -1,6 +1,6 @@
 """A new KEK for a tenant of which a stream, class or person was shredded: the old KEK goes, and with it what an old backup has of their keys.
 
-    made → (chunks) → done     both KEKs are live in between; a restart goes on with the newest
+made → (chunks) → done     both KEKs are live in between; a restart goes on with the newest
 """
 
 import asyncio
@@ -11,11 +11,12 @@ from uuid import UUID
 from sidecar.core.errors import Conflict
 from sidecar.core.keys import Kek, KekRow
 from sidecar.keys import KeyManagement, dek_row, kek_row, rewrap_dek
-from sidecar.postgres import audit, rekeys, shreds
-from sidecar.postgres.connection import transaction
+from sidecar.ports import Clock
+from sidecar.postgres import audit, guard, rekeys, shreds
+from sidecar.postgres.connection import Pool, transaction
 from sidecar.postgres.rekeys import Rewrapped
 from sidecar.postgres.seal_epochs import SealEpoch
-from sidecar.steps import WRITER, Steps, failpoint
+from sidecar.steps import WRITER, failpoint
 
 CHUNK: Final = 2000
 _FIRST: Final = (UUID(int=0), 0)
@@ -24,8 +25,8 @@ _FIRST: Final = (UUID(int=0), 0)
 class Rekeying:
     """Repeatable at every point. Raises Unavailable, Conflict, AuthenticationFailed (a key row that was altered: then the old KEK stays)."""
 
-    def __init__(self, steps: Steps, keys: KeyManagement) -> None:
-        self._steps, self._keys = steps, keys
+    def __init__(self, pool: Pool, clock: Clock, keys: KeyManagement) -> None:
+        self._pool, self._clock, self._keys = pool, clock, keys
 
     async def rekey(self, tenant: str, retiring: SealEpoch, actor: str) -> None:
         """Nothing of the tenant is under the retiring epoch afterwards, if it is active and no key of it is in quarantine."""
@@ -40,14 +41,14 @@ class Rekeying:
             pass
 
     async def _rows(self, tenant: str) -> list[Any]:
-        async with transaction(self._steps.pool) as connection:
+        async with transaction(self._pool) as connection:
             return await rekeys.keks(connection, tenant)
 
     async def _start(self, last: KekRow, actor: str) -> KekRow:
         kek, row = await self._keys.make_kek(last.tenant, last.generation, last.version + 1)
         kek.destroy()
         (await self._keys.open_kek(row)).destroy()  # before anything depends on it
-        async with self._steps.under_guard(last.tenant) as connection:
+        async with guard.exclusively(self._pool, last.tenant, set()) as connection:
             tenant = await shreds.lock_tenant(connection, last.tenant)
             if (tenant.state, tenant.generation) != ("active", last.generation):
                 raise Conflict("the tenant changed meanwhile")
@@ -55,9 +56,8 @@ class Rekeying:
             await shreds.next_epoch(connection, last.tenant, shredding=False)
             details = {"generation": row.generation, "version": row.version, "kms_uri": row.kms_uri, "kms_key_version": row.kms_key_version}
             await audit.append(
-                connection, writer=WRITER, at=self._steps.clock.now(), action="keys.rekey.begin", actor=actor, tenant=last.tenant, details=details
+                connection, writer=WRITER, at=self._clock.now(), action="keys.rekey.begin", actor=actor, tenant=last.tenant, details=details
             )
-        self._steps.settled(last.tenant)
         return row
 
     async def _move(self, newest: KekRow) -> int:
@@ -69,7 +69,7 @@ class Rekeying:
         try:
             after, left = _FIRST, 0
             while True:
-                async with transaction(self._steps.pool) as connection:
+                async with transaction(self._pool) as connection:
                     deks = await rekeys.deks_below(connection, newest, after, CHUNK)
                 if not deks and not left:
                     return int(rows[-1]["epoch"])
@@ -78,7 +78,7 @@ class Rekeying:
                     await asyncio.sleep(0.05)
                     continue
                 again = await asyncio.to_thread(_rewrapped, keks, deks, keks[newest.version])
-                async with transaction(self._steps.pool) as connection:
+                async with transaction(self._pool) as connection:
                     left += len(deks) - await rekeys.rewrap(connection, newest, again)
                 after = (deks[-1]["key_id"], deks[-1]["key_version"])
                 failpoint("rekey:moving")
@@ -89,7 +89,7 @@ class Rekeying:
     async def _finish(self, newest: KekRow, epoch: int, actor: str) -> bool:
         """False if the tenant's epoch moved since the last look: then a key may have come back under an older KEK."""
         failpoint("rekey:moved")
-        async with self._steps.under_guard(newest.tenant) as connection:
+        async with guard.exclusively(self._pool, newest.tenant, set()) as connection:
             tenant = await shreds.lock_tenant(connection, newest.tenant)
             if (tenant.state, tenant.generation) != ("active", newest.generation):
                 return True  # shredded: there is nothing left to move
@@ -100,9 +100,14 @@ class Rekeying:
                 await shreds.next_epoch(connection, newest.tenant, shredding=False)
                 details = {"generation": newest.generation, "version": newest.version, "destroyed": gone}
                 await audit.append(
-                    connection, writer=WRITER, at=self._steps.clock.now(), action="keys.rekey.done", actor=actor, tenant=newest.tenant, details=details
+                    connection,
+                    writer=WRITER,
+                    at=self._clock.now(),
+                    action="keys.rekey.done",
+                    actor=actor,
+                    tenant=newest.tenant,
+                    details=details,
                 )
-        self._steps.settled(newest.tenant)
         return True
 
 
@@ -114,4 +119,3 @@ def _rewrapped(keks: dict[int, Kek], deks: Sequence[Any], under: Kek) -> list[Re
         wrapped = rewrap_dek(keks, row, under)
         out.append(Rewrapped(key_id=row.name.key_id, version=row.name.version, was_under=row.kek_version, wrapped=wrapped))
     return out
-

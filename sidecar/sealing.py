@@ -18,15 +18,16 @@ from sidecar import telemetry
 from sidecar.core.audit import tenant_ref
 from sidecar.core.errors import AuthenticationFailed, Conflict, SidecarError, Unavailable
 from sidecar.core.kms import KmsVersion, VersionState
+from sidecar.core.model import duration_ms
 from sidecar.keys import KeyManagement, kek_row
-from sidecar.ports import Kms
+from sidecar.ports import Clock, Kms
 from sidecar.postgres import audit, seal_epochs
-from sidecar.postgres.connection import Connection, transaction
+from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.postgres.errors import mapped
 from sidecar.postgres.seal_epochs import SealEpoch
 from sidecar.rekeying import Rekeying
-from sidecar.settings import KmsSettings, duration_ms
-from sidecar.steps import WRITER, Steps, failpoint
+from sidecar.settings import KmsSettings
+from sidecar.steps import WRITER, failpoint
 
 CHUNK: Final = 500
 AT_ONCE: Final = 16
@@ -37,8 +38,8 @@ _FIRST: Final = ("", 0, 0)
 class Sealing:
     """The roller. Its KMS identity may add and destroy versions: the control plane's."""
 
-    def __init__(self, steps: Steps, kms: Kms, settings: KmsSettings) -> None:
-        self._steps, self._kms, self._settings = steps, kms, settings
+    def __init__(self, pool: Pool, clock: Clock, kms: Kms, settings: KmsSettings) -> None:
+        self._pool, self._clock, self._kms, self._settings = pool, clock, kms, settings
         self._keys = KeyManagement(kms, dedicated=settings.dedicated)
 
     async def roll(self, actor: str) -> bool:
@@ -59,21 +60,29 @@ class Sealing:
                     await self._begin(self._kms, None, "timer")
                 await self._advance("timer")
 
+    async def confirm_backup(self, version: str | None, actor: str) -> list[str]:
+        """For the epochs that are retired now, or one of them: a keystore backup from after them exists."""
+        async with transaction(self._pool) as connection:
+            confirmed = await seal_epochs.confirm_backup(connection, version, actor)
+            if confirmed:
+                await self._audited(connection, "backup_confirmed", actor, None, kms_key_versions=confirmed)
+        return confirmed
+
     async def destroy_dedicated(self, tenant: str, actor: str) -> list[KmsVersion]:
         """Of a shredded tenant: destroy the KMS key that was its alone. Repeatable; what came of it is in each answer's `state`."""
         out = []
-        async with transaction(self._steps.pool) as connection:
+        async with transaction(self._pool) as connection:
             epochs = await seal_epochs.of_tenant(connection, tenant)
         for epoch in epochs:
             if epoch.state in ("active", "retiring"):
-                async with transaction(self._steps.pool) as connection:
+                async with transaction(self._pool) as connection:
                     await seal_epochs.end(connection, epoch)
             out.append(await self._destroy(epoch, actor))
         return out
 
     async def renew_dedicated(self, tenant: str) -> None:
         """Of a tenant that is readmitted: what its key was before may be on its way to destruction, and wraps nothing any more."""
-        async with transaction(self._steps.pool) as connection:
+        async with transaction(self._pool) as connection:
             epochs = await seal_epochs.of_tenant(connection, tenant)
         if not epochs:
             return
@@ -85,7 +94,7 @@ class Sealing:
     # steps
 
     async def _begin(self, kms: Kms, tenant: str | None, actor: str) -> None:
-        async with transaction(self._steps.pool) as connection:
+        async with transaction(self._pool) as connection:
             epochs = await seal_epochs.of_key(connection, kms.uri)
         if not epochs or any(epoch.state == "retiring" for epoch in epochs):
             return  # it never wrapped anything; or a roll is under way
@@ -93,14 +102,14 @@ class Sealing:
         if any(epoch.key_version == version for epoch in epochs):
             version = await kms.add_version()  # else a roll ended right behind this: the version is there, and nothing uses it
         failpoint("roll:added")
-        async with transaction(self._steps.pool) as connection:
+        async with transaction(self._pool) as connection:
             retiring = await seal_epochs.begin(connection, kms.uri, version, tenant)
             await self._audited(connection, "begin", actor, tenant, kms_uri=kms.uri, kms_key_version=version, retiring=retiring)
         failpoint("roll:begun")
 
     async def _advance(self, actor: str) -> None:
         """Every epoch as far as it can go now; what one waits for keeps no other from going on."""
-        async with transaction(self._steps.pool) as connection:
+        async with transaction(self._pool) as connection:
             epochs = await seal_epochs.under_way(connection)
         trouble: SidecarError | None = None
         for epoch in epochs:
@@ -117,9 +126,9 @@ class Sealing:
 
     async def _empty(self, epoch: SealEpoch, actor: str) -> None:
         """retiring → retired. Raises Unavailable if a KEK is left that cannot be moved."""
-        async with transaction(self._steps.pool) as connection:
+        async with transaction(self._pool) as connection:
             to_rekey = await seal_epochs.tenants_to_rekey(connection, epoch)
-        rekeying = Rekeying(self._steps, self._keys)
+        rekeying = Rekeying(self._pool, self._clock, self._keys)
         for tenant in to_rekey:
             try:
                 await rekeying.rekey(tenant, epoch, actor)
@@ -127,7 +136,7 @@ class Sealing:
                 telemetry.log.error("a tenant keeps its old key", extra={"action": "rekey", "tenant_ref": tenant_ref(tenant).hex(), "error": error})
         await self._rewrap_all(epoch, actor)
         failpoint("roll:rewrapped")
-        async with transaction(self._steps.pool) as connection:
+        async with transaction(self._pool) as connection:
             if await seal_epochs.retire(connection, epoch):
                 await self._audited(connection, "retired", actor, epoch.tenant, kms_uri=epoch.kms_uri, kms_key_version=epoch.key_version)
                 return
@@ -136,13 +145,13 @@ class Sealing:
     async def _rewrap_all(self, epoch: SealEpoch, actor: str) -> None:
         after = _FIRST
         while True:
-            async with transaction(self._steps.pool) as connection:
+            async with transaction(self._pool) as connection:
                 rows = await seal_epochs.keks_to_rewrap(connection, epoch, after, CHUNK)
             if not rows:
                 return
             again = await self._rewrapped(rows)
             failpoint("roll:rewrapping")
-            async with transaction(self._steps.pool) as connection:
+            async with transaction(self._pool) as connection:
                 moved = await seal_epochs.rewrap(connection, epoch, again)
                 names = [[tenant_ref(tenant).hex(), generation, version] for tenant, generation, version in moved]
                 await self._audited(connection, "rewrap", actor, None, kms_uri=epoch.kms_uri, kms_key_version=epoch.key_version, tenant_keys=names)
@@ -168,44 +177,53 @@ class Sealing:
         if epoch.state == "destroyed":
             return KmsVersion(key_version=epoch.key_version, state=VersionState.DESTROYED, irrecoverable_at=epoch.irrecoverable_at)
         if epoch.state != "destroying":
-            async with transaction(self._steps.pool) as connection:
+            async with transaction(self._pool) as connection:
                 if not await seal_epochs.mark_destroying(connection, epoch):
                     raise Unavailable(f"seal epoch {epoch.key_version} is not empty: it stays")
                 await self._audited(connection, "destroying", actor, epoch.tenant, kms_uri=epoch.kms_uri, kms_key_version=epoch.key_version)
         failpoint("roll:destroying")
         kms = self._kms if epoch.tenant is None else await self._kms.dedicated(epoch.tenant)
-        found = await kms.destroy(epoch.key_version)
+        found = await _ask(kms, epoch)
         failpoint("roll:destroyed")
-        async with transaction(self._steps.pool) as connection:
-            if await seal_epochs.record(connection, epoch, found, self._steps.clock.now()):
+        async with transaction(self._pool) as connection:
+            if await seal_epochs.record(connection, epoch, found, self._clock.now()):
                 await self._audited(connection, "destroyed", actor, epoch.tenant, kms_uri=epoch.kms_uri, kms_key_version=epoch.key_version)
             else:
                 where = {"action": "roll_epoch", "kms_key_version": epoch.key_version, "state": found.state.value}
                 telemetry.log.info("the KMS has not destroyed the version yet", extra=where)
         return found
 
-    # what is there to do
+    # what there is to do
 
     async def _due(self) -> bool:
         if self._settings.roll_every is None:
             return False
-        async with transaction(self._steps.pool) as connection:
+        async with transaction(self._pool) as connection:
             epochs = await seal_epochs.of_key(connection, self._kms.uri)
         oldest = min((epoch.created_at for epoch in epochs if epoch.state == "active"), default=None)
-        return oldest is not None and self._steps.clock.now() - oldest >= timedelta(milliseconds=duration_ms(self._settings.roll_every))
+        return oldest is not None and self._clock.now() - oldest >= timedelta(milliseconds=duration_ms(self._settings.roll_every))
 
     async def _dedicated_and_shredded(self) -> list[str]:
-        async with transaction(self._steps.pool) as connection:
+        async with transaction(self._pool) as connection:
             return await seal_epochs.dedicated_to_roll(connection)
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[bool]:
         """One roller at a time; only work is saved by that, every step stands another beside it."""
-        async with transaction(self._steps.pool) as connection:
+        async with transaction(self._pool) as connection:
             with mapped():
                 alone = bool(await connection.fetchval("SELECT pg_try_advisory_xact_lock(6, 0)"))
             yield alone
 
     async def _audited(self, connection: Connection, what: str, actor: str, tenant: str | None, **details: Any) -> None:
-        at = self._steps.clock.now()
+        at = self._clock.now()
         await audit.append(connection, writer=WRITER, at=at, action=f"keys.roll_epoch.{what}", actor=actor, tenant=tenant, details=details)
+
+
+async def _ask(kms: Kms, epoch: SealEpoch) -> KmsVersion:
+    """For its destruction; where that is scheduled already, how it stands. One that was cancelled is asked for again."""
+    if epoch.destroy_expected_at is not None:
+        found = await kms.version(epoch.key_version)
+        if found.state in (VersionState.PENDING, VersionState.DESTROYED):
+            return found
+    return await kms.destroy(epoch.key_version)

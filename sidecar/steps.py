@@ -51,15 +51,9 @@ class Steps:
     @asynccontextmanager
     async def under_guard(self, tenant: str) -> AsyncIterator[Connection]:
         """A transaction that holds the tenant's guard exclusively. Holders that do not let go in time lose their session."""
-        evicted = self._evicted.setdefault(tenant, set())
-        while True:
-            async with transaction(self.pool) as connection:
-                if await guard.take(connection, tenant):
-                    started = time.perf_counter()
-                    yield connection
-                    break
-            async with transaction(self.pool) as connection:
-                evicted.update(await guard.evict(connection, tenant))
+        async with guard.exclusively(self.pool, tenant, self._evicted.setdefault(tenant, set())) as connection:
+            started = time.perf_counter()
+            yield connection
         telemetry.guard_seconds.observe(time.perf_counter() - started)
 
     def terminated(self, tenant: str) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """`sidecar rotate` and `sidecar shred`: publish a command and, if asked to, wait for its receipt."""
 
 import asyncio
-import getpass
-import socket
 import sys
 import time
 from datetime import UTC, datetime, timedelta
@@ -11,7 +9,7 @@ from uuid import UUID, uuid4
 
 import typer
 
-from sidecar.cli.context import Cli, Exit, cli, fail, run_async, say
+from sidecar.cli.context import Cli, Exit, cli, fail, run_async, say, who
 from sidecar.core.command import compose
 from sidecar.core.errors import MalformedRecord
 from sidecar.core.model import Scope, ScopeKind, identifier, tenant_id
@@ -99,7 +97,7 @@ def _send(
     now = datetime.now(UTC)
     command_id = uuid4()
     value = compose(
-        command_id=command_id, audience=where.settings.deployment, op=op, scope=scope, reason=reason, requested_by=requested_by or _who(),
+        command_id=command_id, audience=where.settings.deployment, op=op, scope=scope, reason=reason, requested_by=requested_by or who(),
         ticket=ticket, issued_at=now, not_after=now + VALID_FOR, options=options,
     )  # fmt: skip
     publish_command(where.settings, scope.tenant, value)
@@ -127,11 +125,3 @@ async def _receipt(dsn: str, command_id: UUID, final: tuple[str, ...], wait: flo
             if (found is not None and found["status"] in final) or time.monotonic() > deadline:
                 return found
             await asyncio.sleep(0.02)
-
-
-def _who() -> str:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = "unknown"
-    return f"{user}@{socket.gethostname()}"

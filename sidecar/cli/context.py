@@ -1,6 +1,8 @@
 """What every command shares: where the configuration is, how to print, how an error becomes one line and an exit code."""
 
 import asyncio
+import getpass
+import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
@@ -86,6 +88,15 @@ def say(text: str) -> None:
     """Progress and remarks, on stderr."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+def who() -> str:
+    """Who asks, where nobody says."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"
 
 
 def run_async(main: Coroutine[Any, Any, T]) -> T:

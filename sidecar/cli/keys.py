@@ -1,14 +1,26 @@
-"""`sidecar keys`: names and states of keys; no bytes of any."""
+"""`sidecar keys`: names and states of keys and seal epochs; no bytes of any."""
 
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import typer
 
-from sidecar.cli.context import cli, run_async
-from sidecar.postgres.connection import connected
+from sidecar.cli.context import Cli, Exit, cli, run_async, say, who
+from sidecar.core.errors import Conflict
+from sidecar.kms import open_kms
+from sidecar.postgres import seal_epochs
+from sidecar.postgres.connection import Pool, connected, open_pool, transaction
 from sidecar.postgres.errors import mapped
+from sidecar.sealing import Sealing
+from sidecar.steps import SystemClock
 
-app = typer.Typer(help="Keys, by name.", no_args_is_help=True)
+app = typer.Typer(help="Keys by name, and seal epochs.", no_args_is_help=True)
+
+EPOCH_COLUMNS = ("kms_uri", "kms_key_version", "state", "tenant_keys", "created_at", "retired_at", "backup_confirmed_at", "irrecoverable_at")
+By = Annotated[str | None, typer.Option(help="Who asks; user@host by default.")]
 
 # A DEK is gone with its tenant's KEK. Uses of a stream's key are the positions it sealed.
 _KEYS = """
@@ -34,3 +46,85 @@ def list_(context: typer.Context, tenant: Annotated[str, typer.Option(help="The 
                 return [dict(row) for row in await connection.fetch(_KEYS, tenant)]
 
     here.show(run_async(main()))
+
+
+@app.command()
+def epochs(context: typer.Context) -> None:
+    """Seal epochs: the versions of the KMS key, and how far each is on its way to destruction."""
+    here = cli(context)
+
+    async def main() -> list[dict[str, Any]]:
+        async with connected(here.settings.postgres.for_role("reader")) as connection:
+            return await seal_epochs.listed(connection)
+
+    here.show(run_async(main()), EPOCH_COLUMNS)
+
+
+@app.command("roll-epoch")
+def roll_epoch(
+    context: typer.Context,
+    by: By = None,
+    wait: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Wait until the KMS destroyed the old versions, else exit 4.")] = None,
+) -> int:
+    """A new version of the KMS key wraps from now on, and what lives moves to it; goes on with a roll that was cut short.
+
+    Runs here, with the control plane's database role and KMS rights.
+    """
+    here = cli(context)
+
+    async def main() -> list[dict[str, Any]]:
+        async with _sealing(here) as (pool, sealing):
+            if not await sealing.roll(by or who()):
+                raise Conflict("another process is rolling; `sidecar keys epochs` shows how far it is")
+            deadline = time.monotonic() + (wait or 0)
+            while True:
+                found = await _listed(pool)
+                if not wait or _settled(found) or time.monotonic() > deadline:
+                    return found
+                await asyncio.sleep(0.5)
+                await sealing.follow_up()
+
+    found = run_async(main())
+    here.show(found, EPOCH_COLUMNS)
+    if any(row["state"] == "retired" and row["backup_confirmed_at"] is None for row in found) and here.settings.kms.backup == "confirmed":
+        say("next: back up database and KMS, then `sidecar keys confirm-backup`: the old version is destroyed after that, and not before")
+    return Exit.DONE if wait is None or _settled(found) else Exit.PENDING
+
+
+@app.command("confirm-backup")
+def confirm_backup(
+    context: typer.Context,
+    by: By = None,
+    epoch: Annotated[str | None, typer.Option(metavar="VERSION", help="Only this retired version of the KMS key.")] = None,
+) -> None:
+    """A backup of the database and of the KMS exists that was made after the roll: older ones open nobody's data from now on.
+
+    The retired versions of the KMS key are destroyed; where the KMS delays that, the control plane sees to its end.
+    """
+    here, actor = cli(context), by or who()
+
+    async def main() -> list[dict[str, Any]]:
+        async with _sealing(here) as (pool, sealing):
+            await sealing.confirm_backup(epoch, actor)
+            await sealing.follow_up()
+            return await _listed(pool)
+
+    here.show(run_async(main()), EPOCH_COLUMNS)
+
+
+@asynccontextmanager
+async def _sealing(here: Cli) -> AsyncIterator[tuple[Pool, Sealing]]:
+    pool = await open_pool(here.settings.postgres.for_role("control"), application_name="sidecar keys")
+    try:
+        yield pool, Sealing(pool, SystemClock(), open_kms(here.settings.kms.uri), here.settings.kms)
+    finally:
+        await pool.close()
+
+
+async def _listed(pool: Pool) -> list[dict[str, Any]]:
+    async with transaction(pool) as connection:
+        return await seal_epochs.listed(connection)
+
+
+def _settled(epochs: list[dict[str, Any]]) -> bool:
+    return all(row["state"] in ("active", "destroyed") for row in epochs)

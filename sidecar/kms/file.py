@@ -85,6 +85,8 @@ class _Slot:
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise ConfigurationError(f"others may read the key file (mode {stat.S_IMODE(mode):04o})", where=str(self.path), mend="chmod 0600")
         key = content.removeprefix(_MAGIC)
+        if self.record.exists():
+            raise KmsUnavailable(f"the destruction of the key file {self.path.name} is under way")
         if len(key) != KEY_BYTES or key == content:
             raise ConfigurationError("this is no key file", where=str(self.path), mend="`sidecar init` writes one; restore it from your backup")
         return key, sha256(lp(b"ks/kms-file/v1", key)).hexdigest()[:16]
@@ -206,12 +208,17 @@ class FileKms:
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    """Mode 0600, on disk when it returns, never over an existing file."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    """Mode 0600, there whole or not at all and on disk when it returns, never over an existing file."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, path)
+    finally:
+        draft.unlink()
     _sync_folder(path.parent)
 
 

@@ -5,6 +5,8 @@ Who takes the same lock exclusively therefore knows that no batch of the stripe 
 a second loses its backend; what it may still commit in Kafka is voided by fencing its transactional id, before the receipt.
 """
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -13,7 +15,7 @@ from zlib import crc32
 import asyncpg
 
 from sidecar.core.view import guard_stripe
-from sidecar.postgres.connection import Connection
+from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.postgres.errors import mapped
 
 PATIENCE_MS: Final = 1000
@@ -58,6 +60,18 @@ async def evict(connection: Connection, tenant: str) -> list[Backend]:
             guard_stripe(tenant),
         )
     return [Backend(row["pid"], row["backend_start"]) for row in rows]
+
+
+@asynccontextmanager
+async def exclusively(pool: Pool, tenant: str, evicted: set[Backend]) -> AsyncIterator[Connection]:
+    """A transaction that holds the tenant's guard exclusively; to `evicted` it adds the sessions that lost theirs for it."""
+    while True:
+        async with transaction(pool) as connection:
+            if await take(connection, tenant):
+                yield connection
+                return
+        async with transaction(pool) as connection:
+            evicted.update(await evict(connection, tenant))
 
 
 async def instances(connection: Connection) -> list[Instance]:

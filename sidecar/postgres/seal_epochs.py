@@ -39,6 +39,7 @@ class SealEpoch:
     tenant: str | None
     backup_confirmed: bool
     created_at: datetime
+    destroy_expected_at: datetime | None
     irrecoverable_at: datetime | None
 
 
@@ -68,6 +69,7 @@ async def _epochs(connection: Connection, condition: str, *arguments: str) -> li
             tenant=row["tenant_id"],
             backup_confirmed=row["backup_confirmed_at"] is not None,
             created_at=row["created_at"],
+            destroy_expected_at=row["destroy_expected_at"],
             irrecoverable_at=row["irrecoverable_at"],
         )
         for row in rows
