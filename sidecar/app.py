@@ -86,7 +86,7 @@ async def compose(settings: Settings, instance_id: str, *, pipeline_of: Callable
     dsn = settings.postgres.for_role("data")
     pool = await open_pool(dsn, application_name=f"sidecar keys {instance_id}")
     keys, store = KeyManagement(kms, dedicated=settings.kms.dedicated), KeyStore(pool)
-    session = GuardSession(dsn, instance_id, settings.transactional_id(instance_id))
+    session = GuardSession(dsn, instance_id, settings.transactional_id(instance_id), settings.limits.uses)
     sources = Sources(settings)
     claimer = Claimer(sources, session, admin, instance_id)
     ports = Ports(
@@ -94,7 +94,7 @@ async def compose(settings: Settings, instance_id: str, *, pipeline_of: Callable
         instance_id=instance_id,
         session=session,
         producer=TransactionalProducer(settings, instance_id),
-        streams=Streams(store, keys, max_streams=min(settings.limits.stream_heads, settings.limits.key_cache_entries)),
+        streams=Streams(store, keys, max_streams=min(settings.limits.stream_heads, settings.limits.key_cache_entries), limits=settings.limits.uses),
         extractor_of=sources.extractor,
         classifier=Classifier([c.rule() for c in settings.classes]),
         views=views,

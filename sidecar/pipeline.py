@@ -17,7 +17,7 @@ from sidecar.core.envelope import NO_FIELD, Sealer, event_aad
 from sidecar.core.errors import Conflict, KeyUnavailable, RecordError, SidecarError, Unavailable
 from sidecar.core.extract import Extractor
 from sidecar.core.policy import Classifier, PolicySet
-from sidecar.core.streams import Tenant, Touch
+from sidecar.core.streams import SealingKey, Tenant, Touch
 from sidecar.core.view import attributes, frame
 from sidecar.dead_letters import DeadLetters
 from sidecar.event_store import Ciphers
@@ -27,6 +27,7 @@ from sidecar.kafka.consumer import Batch, KafkaSource, Partition
 from sidecar.kafka.producer import Outgoing, TooLarge, TransactionalProducer
 from sidecar.ledger import LedgerGate
 from sidecar.partitions import Claim, Partitions
+from sidecar.persons import Persons
 from sidecar.ports import Clock
 from sidecar.postgres.batches import GuardSession, Refusal, TenantStates
 from sidecar.postgres.errors import Fenced
@@ -69,6 +70,7 @@ class Pipeline:
         letters = ports.settings.dead_letters
         self._intake = Intake(ports.settings.limits, ports.extractor_of, ports.streams)
         self._dead_letters = DeadLetters(ports.streams, letters.topic, ports.dead_letter_partitions)
+        self._persons = Persons(ports.streams)
         self._replay = Replay(ports.streams, ports.new_ciphers, ports.views, self._dead_letters)
         self.partitions = Partitions(ports.claim)
         self.ready = (False, "starting")
@@ -283,6 +285,7 @@ class Pipeline:
         if unknown:
             await streams.load_tenants(sorted(raw.decode() for raw in unknown))
         touches: dict[tuple[bytes, bytes], Touch] = {}
+        unplaced: list[Item] = []
         for item in work.items:
             tenant = held[item.tenant]
             if tenant.id not in work.tenants:
@@ -290,12 +293,38 @@ class Pipeline:
                 if not tenant.exists:
                     work.fresh.tenants.append(tenant.id)
                     tenant.exists = True  # staged: discarded with the batch
-            if tenant.refusal is None and (item.tenant, item.stream) not in touches and streams.find(tenant, item.stream) is None:
-                touches[item.tenant, item.stream] = self._touch(tenant, item)
+            if tenant.refusal is None:
+                item.place = streams.find(tenant, item.stream)
+                if item.place is None:
+                    unplaced.append(item)
+                    if (item.tenant, item.stream) not in touches:
+                        touches[item.tenant, item.stream] = self._touch(tenant, item)
         if touches:
             await streams.load_streams(list(touches.values()), policies, work.fresh)
+            for item in unplaced:
+                item.place = streams.find(held[item.tenant], item.stream)
+        await self._make_room(work)
         for fault in work.faulty:
             await self._dead_letters.add(work, fault)
+
+    async def _make_room(self, work: Work) -> None:
+        """Each key that the batch seals with may seal as often as it will, or has a successor from here on."""
+        needs: dict[SealingKey, int] = {}
+        personal: list[Item] = []
+        for item in work.items:
+            stream = item.place
+            if stream is None or stream.refusal is not None:
+                continue
+            if stream.key is not None:
+                needs[stream.key] = needs.get(stream.key, 0) + 1
+            elif stream.by_subject is not None:
+                personal.append(item)
+        keys = await self._persons.resolve(work, personal) if personal else []
+        if work.faulty:
+            keys += await self._dead_letters.keys(work)
+        for key in keys:
+            needs[key] = needs.get(key, 0) + 1
+        self.ports.streams.make_room(needs, work.fresh)
 
     def _touch(self, tenant: Tenant, item: Item) -> Touch:
         stream = item.stream.decode()
@@ -313,9 +342,10 @@ class Pipeline:
         for number, item in enumerate(work.items):
             if not number % YIELD_EVERY_RECORDS:
                 await asyncio.sleep(0)
-            tenant, lease = tenants[item.tenant], item.lease
-            stream = None if tenant.refusal else streams.find(tenant, item.stream)
+            tenant, lease, stream, subject = tenants[item.tenant], item.lease, item.place, item.subject
             refusal = tenant.refusal if stream is None else stream.refusal
+            if refusal is None and subject is not None:
+                refusal = subject.refusal
             if stream is None or refusal is not None:
                 work.refusals.append(Refusal(lease.source_id, lease.partition, item.offset, tenant.id, refusal or "policy_refuse"))
                 continue
@@ -324,12 +354,17 @@ class Pipeline:
             stream.head = position = stream.head + 1
             if note_heads:
                 heads[tenant.id, stream.id] = position
-            value, key, id_lp, sealed = item.value, stream.key, u32(len(item.message_id)) + item.message_id, None
-            attrs = attributes(item.key, item.timestamp_ms, item.headers, value is None)
+            value, id_lp, sealed = item.value, u32(len(item.message_id)) + item.message_id, None
+            key, person = (stream.key, None) if subject is None else (subject.key, subject.id)
+            attrs = attributes(item.key, item.timestamp_ms, item.headers, value is None, person)
+            if key is not stream.noted and key is not None:
+                streams.note_use(tenant, stream, key, subject, position, work.fresh)
             if key is not None:
                 aad = event_aad(tenant.aad + stream.id_lp, position, id_lp, item.type_lp, 1, NO_FIELD, key.prefix)
                 sealed = sealer.seal(key.cipher, key.prefix, aad, frame(attrs, value))
                 work.sealed += 1
+            elif stream.by_subject is not None:
+                raise KeyUnavailable("a record of a person's has no key")  # never plaintext instead
             add(
                 tenant.id_lp, stream.id_lp, position, id_lp, item.type_lp, item.occurred_us, value, attrs, sealed,
                 lease.source_id, lease.partition, item.offset, value is None,
@@ -338,7 +373,7 @@ class Pipeline:
                 work.outgoing += project(
                     wanting, topic=lease.topic, partition=lease.partition, offset=item.offset, tenant=tenant.id, stream=stream.id,
                     stream_class=stream.stream_class, position=position, message_id=item.message_id, type_=item.type_lp[4:],
-                    value=value, key=item.key, timestamp_ms=item.timestamp_ms, headers=item.headers, origin=(lease, item.offset, tenant.id),
+                    value=value, key=item.key, timestamp_ms=item.timestamp_ms, headers=item.headers, subject=person, origin=(lease, item.offset, tenant.id),
                 )  # fmt: skip
 
     # ── store and project ───────────────────────────────────────────────────────────────────────────────────────────

@@ -14,6 +14,7 @@ from sidecar.core.aead import Suite
 from sidecar.core.command import Command, Op, grace_seconds
 from sidecar.core.dsse import MAX_SIGNATURES
 from sidecar.core.errors import ConfigurationError, UnsupportedEnvelope
+from sidecar.core.keys import HARD_LIMIT_USES, SOFT_LIMIT_USES, USES_BLOCK, UseLimits
 from sidecar.core.model import ScopeKind, duration_ms
 from sidecar.core.policy import SUBJECT_HEADER, ClassRule, Policy
 
@@ -293,6 +294,16 @@ class LimitSettings(_Section):
     max_headers: int = Field(default=256, ge=8)
     key_cache_entries: int = Field(default=10_000, ge=1000)
     stream_heads: int = Field(default=10_000, ge=1000)
+    soft_uses: int = Field(default=SOFT_LIMIT_USES, ge=1)
+    """Seals under one key version at which it is rotated."""
+    hard_uses: int = Field(default=HARD_LIMIT_USES, ge=1, le=HARD_LIMIT_USES)
+    """Seals under one key version beyond which nothing is sealed: the partition waits."""
+    uses_block: int = Field(default=USES_BLOCK, ge=1)
+    """Uses of a class's or tenant's key that an instance sets aside at a time; of a person's key a 64th."""
+
+    @property
+    def uses(self) -> UseLimits:
+        return UseLimits(soft=self.soft_uses, hard=self.hard_uses, block=self.uses_block)
 
 
 class HttpSettings(_Section):

@@ -1,18 +1,19 @@
-"""The tenants and streams in hand: heads, decisions, sealing keys. In memory while the lease is held, never the truth.
+"""The tenants, streams and persons in hand: heads, decisions, sealing keys and how often they seal. In memory while the lease is held, never the truth.
 
 Whatever a batch changed here before it committed is dropped with it (`discard`): the next touch reads Postgres again.
 A tenant whose epoch moved (shred, rotation, policy) is dropped whole, keys and all.
 """
 
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-from sidecar.core.aead import Suite, lp
+from sidecar.core.aead import Cipher, Suite, lp
 from sidecar.core.envelope import EVENT_DOMAIN, Header
-from sidecar.core.errors import KeyUnavailable
-from sidecar.core.keys import DekRow, Kek, TenantState
+from sidecar.core.errors import KeyExhausted, KeyUnavailable
+from sidecar.core.keys import DekRow, Kek, TenantState, UseLimits
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.policy import Decision, Encrypt, PolicySet, Refuse
-from sidecar.core.streams import Fresh, SealingKey, Stream, Tenant, Touch
+from sidecar.core.streams import Fresh, KeyRef, SealingKey, Stream, Subject, Tenant, Touch
 from sidecar.keys import KeyManagement, dek_row, kek_row, make_dek, open_dek
 from sidecar.postgres.keystore import KeyStore
 
@@ -20,8 +21,8 @@ from sidecar.postgres.keystore import KeyStore
 class Streams:
     """The cache. One flow uses it, between its own awaits; not thread-safe."""
 
-    def __init__(self, store: KeyStore, keys: KeyManagement, *, max_streams: int) -> None:
-        self.store, self._keys = store, keys
+    def __init__(self, store: KeyStore, keys: KeyManagement, *, max_streams: int, limits: UseLimits | None = None) -> None:
+        self.store, self._keys, self._limits = store, keys, limits or UseLimits()
         self._max, self._young = max(max_streams // 2, 1), 0
         self.tenants: dict[bytes, Tenant] = {}
 
@@ -30,6 +31,14 @@ class Streams:
         if stream is None and (stream := tenant.aged.pop(raw, None)) is not None:
             self._keep(tenant, raw, stream)
         return stream
+
+    def find_subject(self, tenant: Tenant, name: str, suite: Suite) -> Subject | None:
+        at = (name, suite)
+        subject = tenant.subjects.get(at)
+        if subject is None and (subject := tenant.aged_subjects.pop(at, None)) is not None:
+            tenant.subjects[at] = subject
+            self._young += 1
+        return subject
 
     def _keep(self, tenant: Tenant, raw: bytes, stream: Stream) -> None:
         tenant.streams[raw] = stream
@@ -42,6 +51,7 @@ class Streams:
         self._young = 0
         for raw, tenant in list(self.tenants.items()):
             tenant.aged, tenant.streams = tenant.streams, {}
+            tenant.aged_subjects, tenant.subjects = tenant.subjects, {}
             if not tenant.aged:
                 self.tenants.pop(raw).forget()
 
@@ -85,74 +95,158 @@ class Streams:
             self._keep(touch.tenant, touch.raw, stream)
             if stream.refusal is None and row["stream_type_class"] is None:
                 fresh.streams.append((touch.tenant.id, stream))
-            if stream.refusal is None and isinstance(decision, Encrypt):
+            if stream.refusal is None and isinstance(decision, Encrypt) and stream.by_subject is None:
                 plans.append((touch, stream, decision))
         await self._equip(plans, rows, fresh)
 
-    def _plan(self, touch: Touch, row: object, policies: PolicySet) -> tuple[Stream, Decision]:
-        known = row["stream_type_class"]  # type: ignore[index]
+    def _plan(self, touch: Touch, row: Any, policies: PolicySet) -> tuple[Stream, Decision]:
+        known = row["stream_type_class"]
         stream_class = known or touch.stream_class
         decision = policies.decide(touch.tenant.id, stream_class)
-        if row["is_encrypted"] and not isinstance(decision, Encrypt):  # type: ignore[index]
+        if row["is_encrypted"] and not isinstance(decision, Encrypt):
             decision = Encrypt(Suite.AES_256_GCM, ScopeKind.STREAM)  # once encrypted, encrypted for good
-        refusal = "scope_erased" if row["erased"] or stream_class in touch.tenant.erased_classes else None  # type: ignore[index]
+        refusal = "scope_erased" if row["erased"] or stream_class in touch.tenant.erased_classes else None
         if refusal is None and isinstance(decision, Refuse):
             refusal = "policy_refuse"
-        head = row["head"]  # type: ignore[index]
-        return Stream(touch.stream, lp(touch.stream.encode()), stream_class, refusal, None, head), decision
+        stream = Stream(touch.stream, lp(touch.stream.encode()), stream_class, refusal, None, row["head"], turns=known is not None)
+        if isinstance(decision, Encrypt) and decision.key_scope is ScopeKind.SUBJECT:
+            stream.by_subject = decision
+            stream.turns = stream.turns and (not row["is_encrypted"] or row["encryption_key_id"] is not None)
+        return stream, decision
 
-    async def _equip(self, plans: list[tuple[Touch, Stream, Encrypt]], rows: dict[tuple[str, str], object], fresh: Fresh) -> None:
+    async def _equip(self, plans: list[tuple[Touch, Stream, Encrypt]], rows: dict[tuple[str, str], Any], fresh: Fresh) -> None:
         """Give each encrypted stream its sealing key: in hand, from the store, or made now."""
         missing = {}
         for touch, stream, decision in plans:
             scope = scope_of(touch.tenant.id, stream, decision.key_scope)
             if (scope.kind, scope.id, decision.suite) not in touch.tenant.shared:
                 missing[scope.tenant, scope.kind, scope.id] = scope
-        stored = await self.store.newest_keys(list(missing)) if missing else []
-        found = {(r["tenant_id"], r["scope_kind"], r["scope_id"]): dek_row(r) for r in stored}
+        found = await self._newest(list(missing)) if missing else {}
         for touch, stream, decision in plans:
             tenant, scope = touch.tenant, scope_of(touch.tenant.id, stream, decision.key_scope)
             key = tenant.shared.get((scope.kind, scope.id, decision.suite))
             if key is None:
+                known = found.get(scope)
                 key = await self._sealing_key(tenant, scope, decision.suite, found, fresh)
                 if scope.kind is not ScopeKind.STREAM:
                     tenant.shared[scope.kind, scope.id, decision.suite] = key
+                elif known is not None and known.row.is_active and known.open_from is not None:
+                    key.uses += stream.head - known.open_from + 1
             stream.key = key
-            self._note_use(tenant.id, stream, rows[tenant.id, stream.id], fresh)
+            row = rows[tenant.id, stream.id]
+            if (row["last_key_id"], row["last_key_version"]) == (key.key_id, key.version):
+                stream.noted = key
 
     async def shared_key(self, scope: Scope, tenant: Tenant, suite: Suite, fresh: Fresh) -> SealingKey:
         """The key of a class or tenant scope."""
         key = tenant.shared.get((scope.kind, scope.id, suite))
         if key is None:
-            stored = await self.store.newest_keys([(scope.tenant, scope.kind, scope.id)])
-            found = {(r["tenant_id"], r["scope_kind"], r["scope_id"]): dek_row(r) for r in stored}
+            found = await self._newest([(scope.tenant, scope.kind, scope.id)])
             key = tenant.shared[scope.kind, scope.id, suite] = await self._sealing_key(tenant, scope, suite, found, fresh)
         return key
 
-    def _note_use(self, tenant: str, stream: Stream, row: object, fresh: Fresh) -> None:
-        """Which positions a key version sealed: the history gets a row when it differs from the last one."""
-        key = stream.key
-        if key is None or (row["last_key_id"], row["last_key_version"]) == (key.key_id, key.version):  # type: ignore[index]
-            return
-        fresh.history.append((tenant, stream.id, key.key_id, key.version, stream.head + 1))
-        if row["stream_type_class"] is not None:  # type: ignore[index]
-            fresh.turned.append((tenant, stream))
+    async def load_subjects(self, wanted: Iterable[tuple[Tenant, str, Suite]], fresh: Fresh) -> None:
+        """Persons that are not in hand, with their keys, in one round trip."""
+        asked = list(wanted)
+        rows = {(r["of_tenant"], r["subject"]): r for r in await self.store.subjects(list({(t.id, name): None for t, name, _ in asked}))}
+        found = {}
+        for (tenant_id, name), row in rows.items():
+            if row["key_id"] is not None:
+                found[Scope(tenant=tenant_id, kind=ScopeKind.SUBJECT, id=name)] = _Found(dek_row(row), row["uses_reserved"], None)
+        for tenant, name, suite in asked:
+            subject = Subject(name, "scope_erased" if rows[tenant.id, name]["erased"] else None, None)
+            if subject.refusal is None:
+                scope = Scope(tenant=tenant.id, kind=ScopeKind.SUBJECT, id=name)
+                subject.key = await self._sealing_key(tenant, scope, suite, found, fresh)
+            tenant.subjects[name, suite] = subject
+            self._young += 1
 
-    async def _sealing_key(self, tenant: Tenant, scope: Scope, suite: Suite, found: dict[tuple[str, str, str], DekRow], fresh: Fresh) -> SealingKey:
-        at = (scope.tenant, scope.kind.value, scope.id)
-        row = found.get(at)
-        if row is not None and row.is_active:
-            cipher = open_dek(tenant.keks, row).into_cipher(suite)
+    async def _newest(self, scopes: list[tuple[str, ScopeKind, str]]) -> "dict[Scope, _Found]":
+        out = {}
+        for row in await self.store.newest_keys(scopes):
+            dek = dek_row(row)
+            stream = dek.name.scope.kind is ScopeKind.STREAM
+            out[dek.name.scope] = _Found(dek, (row["closed"] or 0) if stream else row["uses_reserved"], row["open_from"])
+        return out
+
+    async def _sealing_key(self, tenant: Tenant, scope: Scope, suite: Suite, found: "dict[Scope, _Found]", fresh: Fresh) -> SealingKey:
+        known = found.get(scope)
+        if known is not None and known.row.is_active:
+            return _ready(known.row, suite, open_dek(tenant.keks, known.row).into_cipher(suite), known.uses)
+        # marked by a rotation: the next version of the same key; destroyed and readmitted, or none: a new key
+        last = known.row if known is not None and known.row.wrapped is not None and known.row.name.generation == tenant.generation else None
+        name = (last.name.key_id, last.name.version + 1) if last else (None, 1)
+        row, cipher = make_dek(await self._kek(tenant, fresh), scope, suite, *name)
+        found[scope] = _Found(row, 0, None)
+        fresh.deks.append(row)
+        return _ready(row, suite, cipher, 0)
+
+    # ── counting ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def make_room(self, needs: dict[SealingKey, int], fresh: Fresh) -> None:
+        """Before a batch is sealed: each key may be used as often as the batch has records for it, or has a successor from here on.
+
+        Raises KeyExhausted where a key would seal beyond the hard limit: then nothing of the batch is sealed.
+        """
+        limits = self._limits
+        for used, n in needs.items():
+            key = used
+            if n > key.left:
+                if key.uses >= limits.soft:
+                    key = self._rotate(used, fresh)
+                more = min(max(limits.next_block(key.scope.kind, key.uses), n - key.left), limits.hard - key.uses)
+                if key.left + more < n:
+                    raise KeyExhausted(f"a key of {key.scope.kind} scope would seal beyond the hard limit of {limits.hard} uses; rotate it")
+                key.uses += more
+                key.left += more
+                if key.scope.kind is not ScopeKind.STREAM:
+                    self._reserve((key.scope.tenant, key.key_id, key.version), more, fresh)
+            key.left -= n
+
+    def _reserve(self, key: KeyRef, uses: int, fresh: Fresh) -> None:
+        fresh.reserved[key] = fresh.reserved.get(key, 0) + uses
+
+    def _rotate(self, old: SealingKey, fresh: Fresh) -> SealingKey:
+        """The next version, for everything here that seals with the old one. Staged, as all that a batch makes."""
+        tenant, scope = self.tenants[old.scope.tenant.encode()], old.scope
+        made = next((d for d in fresh.deks if (d.name.key_id, d.name.version) == (old.key_id, old.version + 1)), None)
+        if made is None:
+            if not tenant.keks:
+                raise KeyUnavailable("a tenant without a tenant key gets no key")
+            made, cipher = make_dek(tenant.keks[max(tenant.keks)], scope, old.suite, old.key_id, old.version + 1)
+            fresh.retired.append((scope.tenant, old.key_id, old.version))
+            fresh.deks.append(made)
+        else:  # under another suite, in this batch
+            cipher = open_dek(tenant.keks, made).into_cipher(old.suite)
+        new = _ready(made, old.suite, cipher, 0)
+        if scope.kind is ScopeKind.SUBJECT:
+            subject = self.find_subject(tenant, scope.id, old.suite)
+            if subject is not None:
+                subject.key = new
+                subject.noted.clear()
+            return new
+        if scope.kind is not ScopeKind.STREAM:
+            tenant.shared[scope.kind, scope.id, old.suite] = new
+        for stream in (*tenant.streams.values(), *tenant.aged.values()):
+            if stream.key is old:
+                stream.key = new
+        return new
+
+    def note_use(self, tenant: Tenant, stream: Stream, key: SealingKey, subject: Subject | None, position: int, fresh: Fresh) -> None:
+        """`key` seals the position, and the record does not say so yet: a row of the history begins here, and the one before ends."""
+        row = (tenant.id, stream.id, key.key_id, key.version, position)
+        if subject is not None:
+            if stream in subject.noted:
+                return
+            subject.noted.add(stream)
+            self._young += 1
+            fresh.persons.append(row)
         else:
-            # marked by a rotation: the next version of the same key; destroyed and readmitted, or none: a new key
-            successor = row if row is not None and row.wrapped is not None and row.name.generation == tenant.generation else None
-            kek = await self._kek(tenant, fresh)
-            name = (successor.name.key_id, successor.name.version + 1) if successor else (None, 1)
-            row, cipher = make_dek(kek, scope, suite, *name)
-            found[at] = row
-            fresh.deks.append(row)
-        header = Header(suite=suite, scope_kind=scope.kind, key_id=row.name.key_id, key_version=row.name.version, framed=True)
-        return SealingKey(row.name.key_id, row.name.version, suite, header.prefix(), cipher)
+            stream.noted = key
+            fresh.history.append(row)
+        if stream.turns:
+            fresh.turned.append((tenant.id, stream.id, None if subject else key.key_id, key.suite.label, position))
+        stream.turns = subject is None
 
     async def _kek(self, tenant: Tenant, fresh: Fresh) -> Kek:
         """The tenant's newest KEK, made if there is none. A tenant that is not active never gets one."""
@@ -163,6 +257,20 @@ class Streams:
             tenant.keks[kek.version] = kek
             fresh.keks.append(row)
         return tenant.keks[max(tenant.keks)]
+
+
+class _Found(NamedTuple):
+    """A key as the store has it: uses reserved, or of a stream's key the positions sealed up to `open_from`."""
+
+    row: DekRow
+    uses: int
+    open_from: int | None
+
+
+def _ready(row: DekRow, suite: Suite, cipher: Cipher, uses: int) -> SealingKey:
+    name = row.name
+    header = Header(suite=suite, scope_kind=name.scope.kind, key_id=name.key_id, key_version=name.version, framed=True)
+    return SealingKey(name.scope, name.key_id, name.version, suite, header.prefix(), cipher, uses)
 
 
 def scope_of(tenant: str, stream: Stream, kind: ScopeKind) -> Scope:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sidecar.core.model import Headers
-from sidecar.core.streams import Fresh, Stream, Tenant
+from sidecar.core.streams import Fresh, Stream, Subject, Tenant
 from sidecar.core.view import guard_stripe
 from sidecar.event_store import Ciphers
 from sidecar.kafka.consumer import Batch, Partition
@@ -38,6 +38,10 @@ class Item:
     occurred_us: int
     headers: Headers
     projected: bool
+    place: Stream | None = None
+    """Its stream, once that is in hand; None where the tenant is refused."""
+    subject: Subject | None = None
+    """Its person, where the record is sealed under that person's key."""
 
 
 @dataclass(slots=True)

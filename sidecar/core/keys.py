@@ -19,13 +19,36 @@ from uuid import UUID
 
 from sidecar.core.aead import AESGCM, KEY_BYTES, NONCE_BYTES, TAG_BYTES, Cipher, Suite, expand, lp, open_into, u32, wipe
 from sidecar.core.errors import AuthenticationFailed
-from sidecar.core.model import Scope
+from sidecar.core.model import Scope, ScopeKind
 
 COMMITMENT_BYTES = 32
 WRAPPED_DEK_BYTES = NONCE_BYTES + KEY_BYTES + COMMITMENT_BYTES + TAG_BYTES
 
 HARD_LIMIT_USES = 2**32
 """Seals under one key version with random 96-bit nonces (NIST SP 800-38D, 8.3)."""
+SOFT_LIMIT_USES = 2**28
+USES_BLOCK = 2**16
+SUBJECTS_PER_BLOCK = 64
+"""A person's key is used seldom: its block is a class's by this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UseLimits:
+    """How often one key version may seal: `soft` has the next batch rotate it, beyond `hard` nothing is sealed, whatever happens.
+
+    A stream's key is used by who holds the stream, and its count is its positions. A key that several instances share is counted in
+    blocks: each is reserved in the transaction of the first batch that uses it, so that a crash loses at most what is left of one.
+    Seals of batches that were not committed are not counted: 2^28 is far enough from 2^32 for them.
+    """
+
+    soft: int = SOFT_LIMIT_USES
+    hard: int = HARD_LIMIT_USES
+    block: int = USES_BLOCK
+
+    def next_block(self, kind: ScopeKind, uses: int) -> int:
+        """How much more of a key to set aside, of which `uses` are used or set aside already."""
+        of = {ScopeKind.STREAM: self.soft, ScopeKind.SUBJECT: max(self.block // SUBJECTS_PER_BLOCK, 1)}
+        return max(min(of.get(kind, self.block), self.soft - uses), 0)
 
 
 class KeyState(StrEnum):

@@ -5,18 +5,27 @@ from uuid import UUID
 
 from sidecar.core.aead import Cipher, Suite
 from sidecar.core.keys import DekRow, Kek, KekRow, TenantState
-from sidecar.core.model import ScopeKind
+from sidecar.core.model import Scope, ScopeKind
+from sidecar.core.policy import Encrypt
+
+KeyRef = tuple[str, UUID, int]
+"""tenant, key id, version."""
 
 
 @dataclass(slots=True, eq=False)
 class SealingKey:
     """One key version under one suite, ready to seal: its envelope prefix and its cipher."""
 
+    scope: Scope
     key_id: UUID
     version: int
     suite: Suite
     prefix: bytes
     cipher: Cipher = field(repr=False)
+    uses: int = 0
+    """How often it sealed or may seal, of all instances, as far as is known here."""
+    left: int = 0
+    """How much of `uses` is set aside for this instance and not used yet."""
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +38,23 @@ class Stream:
     refusal: str | None
     key: SealingKey | None
     head: int
+    by_subject: Encrypt | None = None
+    """Set where each record is sealed under its person's key: then there is no key of the stream."""
+    noted: SealingKey | None = None
+    """The key whose use is on record, up to now and from here on."""
+    turns: bool = False
+    """The next use that is noted changes the stream's row: it is there, and says otherwise."""
+
+
+@dataclass(slots=True, eq=False)
+class Subject:
+    """A person of a tenant, and the key of that person's events under one suite; `refusal` where the person was erased."""
+
+    id: str
+    refusal: str | None
+    key: SealingKey | None
+    noted: set[Stream] = field(default_factory=set, repr=False)
+    """Streams on whose record the key's use stands."""
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +73,8 @@ class Tenant:
     streams: dict[bytes, Stream] = field(default_factory=dict, repr=False)
     aged: dict[bytes, Stream] = field(default_factory=dict, repr=False)
     shared: dict[tuple[ScopeKind, str, Suite], SealingKey] = field(default_factory=dict, repr=False)
+    subjects: dict[tuple[str, Suite], Subject] = field(default_factory=dict, repr=False)
+    aged_subjects: dict[tuple[str, Suite], Subject] = field(default_factory=dict, repr=False)
 
     @property
     def refusal(self) -> str | None:
@@ -59,6 +87,8 @@ class Tenant:
         self.streams.clear()
         self.aged.clear()
         self.shared.clear()
+        self.subjects.clear()
+        self.aged_subjects.clear()
 
 
 @dataclass(slots=True)
@@ -69,15 +99,23 @@ class Fresh:
     keks: list[KekRow] = field(default_factory=list)
     deks: list[DekRow] = field(default_factory=list)
     streams: list[tuple[str, Stream]] = field(default_factory=list)
-    turned: list[tuple[str, Stream]] = field(default_factory=list)
-    """Known streams that take another key version, or are encrypted from here on."""
+    turned: list[tuple[str, str, UUID | None, str, int]] = field(default_factory=list)
+    """tenant, stream, key id, algorithm, position: known streams that take another key version, or are encrypted from here on. Without a
+    key id, each of their records is sealed under a person's."""
     history: list[tuple[str, str, UUID, int, int]] = field(default_factory=list)
     """tenant, stream, key id, version, first position."""
+    persons: list[tuple[str, str, UUID, int, int]] = field(default_factory=list)
+    """Likewise, of persons' keys: many of them are in use in a stream at a time."""
+    retired: list[KeyRef] = field(default_factory=list)
+    """Key versions that have reached the soft limit; their successors are among `deks`."""
+    reserved: dict[KeyRef, int] = field(default_factory=dict)
+    """Uses of shared keys that this instance sets aside."""
 
     def touched(self) -> set[str]:
         """The tenants of which something is new."""
-        named = [row.tenant for row in self.keks] + [row.name.scope.tenant for row in self.deks] + [row[0] for row in self.history]
-        return {*self.tenants, *named, *(tenant for tenant, _ in (*self.streams, *self.turned))}
+        named = [row.tenant for row in self.keks] + [row.name.scope.tenant for row in self.deks] + [tenant for tenant, _ in self.streams]
+        named += [row[0] for row in (*self.history, *self.persons)] + [ref[0] for ref in (*self.retired, *self.reserved)]
+        return {*self.tenants, *named}
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,10 +31,24 @@ LEFT JOIN streams st ON st.tenant_id = x.t AND st.stream_id = x.s
 LEFT JOIN LATERAL (SELECT k.key_id, k.key_version FROM stream_key_history k
   WHERE k.tenant_id = x.t AND k.stream_id = x.s ORDER BY k.used_from_position DESC LIMIT 1) h ON true"""
 
-_NEWEST_KEYS = """
-SELECT k.* FROM unnest($1::text[], $2::text[], $3::text[]) x(t, kind, id)
-CROSS JOIN LATERAL (SELECT * FROM encryption_keys e WHERE e.tenant_id = x.t AND e.scope_kind = x.kind AND e.scope_id = x.id
-  ORDER BY e.is_active DESC, e.generation DESC, e.key_version DESC LIMIT 1) k"""
+_NEWEST = """(SELECT * FROM encryption_keys e WHERE e.tenant_id = x.t AND e.scope_kind = x.kind AND e.scope_id = x.id
+  ORDER BY e.is_active DESC, e.generation DESC, e.key_version DESC LIMIT 1)"""
+
+# A stream's key is used in this stream alone: its uses are the positions it sealed, here up to `open_from`.
+_NEWEST_KEYS = f"""
+SELECT k.*, u.closed, u.open_from FROM unnest($1::text[], $2::text[], $3::text[]) x(t, kind, id)
+CROSS JOIN LATERAL {_NEWEST} k
+LEFT JOIN LATERAL (SELECT sum(h.used_to_position - h.used_from_position + 1)::bigint AS closed,
+    min(h.used_from_position) FILTER (WHERE h.used_to_position IS NULL) AS open_from
+  FROM stream_key_history h WHERE k.scope_kind = 'stream' AND h.tenant_id = x.t AND h.stream_id = x.id AND h.key_id = k.key_id
+    AND h.key_version = k.key_version) u ON true"""  # noqa: S608 (constants)
+
+# Whether a person was erased, and the newest key, in one snapshot.
+_SUBJECTS = f"""
+SELECT x.t AS of_tenant, x.id AS subject, k.*,
+  EXISTS (SELECT 1 FROM erased_scopes e WHERE e.tenant_id = x.t AND e.scope_kind = 'subject' AND e.scope_id = x.id AND e.readmitted_at IS NULL) AS erased
+FROM unnest($1::text[], $2::text[], $3::text[]) x(t, kind, id)
+LEFT JOIN LATERAL {_NEWEST} k ON true"""  # noqa: S608 (constants)
 
 _KEYS = """
 SELECT k.* FROM unnest($1::text[], $2::uuid[], $3::int[]) x(t, k, v)
@@ -66,6 +80,10 @@ class KeyStore:
     async def newest_keys(self, scopes: Sequence[tuple[str, ScopeKind, str]]) -> list[Any]:
         """Per (tenant, kind, id): the active key, else its newest version."""
         return await self.fetch(_NEWEST_KEYS, [t for t, _, _ in scopes], [k.value for _, k, _ in scopes], [i for _, _, i in scopes])
+
+    async def subjects(self, wanted: Sequence[tuple[str, str]]) -> list[Any]:
+        """Per (tenant, person): `erased`, and the active key or its newest version; key_id NULL where there is none."""
+        return await self.fetch(_SUBJECTS, [t for t, _ in wanted], [ScopeKind.SUBJECT.value] * len(wanted), [s for _, s in wanted])
 
     async def keys(self, refs: Iterable[tuple[str, UUID, int]]) -> list[Any]:
         """Recorded versions, destroyed ones too. The refs come from stored bytes, which may be anybody's: a version may be any u32."""
