@@ -17,9 +17,12 @@ from typing import Any, Final
 import orjson
 
 from sidecar import telemetry
+from sidecar.checkpoints import Checkpoints
 from sidecar.core.command import Command, receipt, receipt_id, stored
 from sidecar.core.errors import CommandRejected, Conflict, LedgerBehind, SidecarError, Unavailable
+from sidecar.core.model import duration_ms
 from sidecar.inbox import Backoff, Inbox, log_status, schedule_rotations
+from sidecar.kafka import journal
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.client import ProducerFenced
 from sidecar.kafka.ledger import CONFIG, PARTITIONS, LedgerTopic
@@ -244,6 +247,8 @@ class ControlPlane:
         self._gate = LedgerGate(self._ledger_topic, self._settings.deployment, records=True)
         await asyncio.to_thread(create_topics, self._admin, self._settings)
         self._pool = await open_pool(dsn, application_name="sidecar control", max_size=AT_ONCE * 2 + 4)
+        self._writer = ViewWriter(self._settings)
+        self._checkpoints = Checkpoints(self._settings, self._pool, self._signer, self._writer, self._clock)
         self.inbox = Inbox(self._settings, self._pool, self._clock, self._wake_executor)
         self._opened = True
 
@@ -327,7 +332,7 @@ class ControlPlane:
         """Executor, outbox, timer; returns when the session of the lock is gone, raises what one of them raises."""
         ledger = Ledger(self._pool, self._ledger_topic, self._signer, self._settings.deployment)
         steps = Steps(self._pool, self._admin, self._clock, ledger)
-        notices = Notices(self._pool, self._admin, ViewWriter(self._settings))
+        notices = Notices(self._pool, self._admin, self._writer)
         flows: dict[str, Flow] = {"shred": Shredding(steps, notices), "rotate": Rotation(steps)}
         self._outbox = Outbox(self._pool, ReceiptPublisher(self._settings))
         self._executor = Executor(self._pool, flows, self._wake_outbox)
@@ -363,7 +368,11 @@ class ControlPlane:
 
     def _timers(self) -> dict[str, tuple[float, Callable[[], Awaitable[object]]]]:
         """What is done again and again while leading: name → seconds between, and what. Each runs in a task of its own."""
-        return {"rotate": (self._timer_seconds, self._rotate_what_is_due), "seal_epochs": (self._timer_seconds, self._roll_what_is_due)}
+        return {
+            "rotate": (self._timer_seconds, self._rotate_what_is_due),
+            "seal_epochs": (self._timer_seconds, self._roll_what_is_due),
+            "checkpoint": (duration_ms(self._settings.audit.checkpoint_every) / 1000, self._checkpoints.sign),
+        }
 
     async def _rotate_what_is_due(self) -> None:
         if await schedule_rotations(self._settings, self._pool, self._clock):
@@ -384,10 +393,14 @@ class ControlPlane:
 
 
 def create_topics(admin: Admin, settings: Settings) -> None:
-    """Commands by tenant on four partitions; receipts are kept for ever; the ledger in one order."""
-    kept = {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
+    """Commands by tenant on four partitions; receipts and checkpoints are kept for ever; the ledger in one order."""
     control = settings.control
-    wanted = {control.topic: (4, {"cleanup.policy": "delete"}), control.receipts: (4, kept), control.ledger: (PARTITIONS, CONFIG)}
+    wanted: dict[str, tuple[int, dict[str, str]]] = {
+        control.topic: (4, {"cleanup.policy": "delete"}),
+        control.receipts: (4, journal.FOR_EVER),
+        control.ledger: (PARTITIONS, CONFIG),
+        settings.audit.topic: (1, journal.FOR_EVER),
+    }
     present = admin.describe(wanted)
     for topic, (partitions, config) in wanted.items():
         if topic not in present:

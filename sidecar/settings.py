@@ -279,6 +279,19 @@ class ControlSettings(_Section):
         return grace_seconds(configured) if configured else 0.0
 
 
+class AuditSettings(_Section):
+    topic: str = "sidecar.audit"
+    """Where signed checkpoints of the audit trail go; kept for ever."""
+    checkpoint_every: str = "60s"
+
+    @field_validator("checkpoint_every")
+    @classmethod
+    def _duration(cls, value: str) -> str:
+        if duration_ms(value) < 100:
+            raise ValueError("not more often than every 100ms")
+        return value
+
+
 class DeadLetterSettings(_Section):
     topic: str = "sidecar.dead-letters"
 
@@ -323,6 +336,7 @@ class Settings(_Section):
     policies: PoliciesSettings = PoliciesSettings()
     views: list[ViewSettings] = []
     control: ControlSettings = ControlSettings()
+    audit: AuditSettings = AuditSettings()
     dead_letters: DeadLetterSettings = DeadLetterSettings()
     batch: BatchSettings = BatchSettings()
     limits: LimitSettings = LimitSettings()

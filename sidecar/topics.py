@@ -18,6 +18,7 @@ def wanted(settings: Settings) -> dict[str, tuple[int, dict[str, str]]]:
     out[settings.control.topic] = (1, {"cleanup.policy": "delete", "retention.ms": "604800000"})
     out[settings.control.receipts] = (1, forever)
     out[settings.control.ledger] = (ledger.PARTITIONS, dict(ledger.CONFIG))
+    out[settings.audit.topic] = (1, forever)
     out[settings.dead_letters.topic] = (1, {"cleanup.policy": "delete", "retention.ms": "2592000000"})
     return out
 

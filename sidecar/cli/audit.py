@@ -1,14 +1,19 @@
 """`sidecar audit`: the trail of key operations and commands."""
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sidecar.cli.context import Exit, cli, fail, run_async
+from sidecar import checkpoints
+from sidecar.cli.context import Exit, cli, fail, run_async, say
 from sidecar.core.audit import AuditRow
+from sidecar.core.dsse import key_id
 from sidecar.postgres import audit
 from sidecar.postgres.connection import connected
+from sidecar.settings import Settings
+from sidecar.signing import load_public_key, public_path
 
 app = typer.Typer(help="The trail of key operations and commands.", no_args_is_help=True)
 
@@ -31,19 +36,35 @@ def tail(context: typer.Context, limit: Annotated[int, typer.Option(min=1, help=
     cli(context).show(run_async(read()), COLUMNS)
 
 
+def _own_key(settings: Settings) -> list[Path]:
+    """The public half of the control plane's signing key, where this machine has it."""
+    path = settings.control.signing_key
+    return [public_path(path)] if path is not None and public_path(path).exists() else []
+
+
 @app.command()
-def verify(context: typer.Context) -> None:
-    """Recompute each writer's chain. Exit 1 if a row was changed or one in the middle is missing."""
-    settings = cli(context).settings
+def verify(
+    context: typer.Context,
+    key: Annotated[
+        list[Path] | None, typer.Option(help="The control plane's public key, FILE.pub; also an older one. Can stand several times.")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Only the database's checkpoints, not those on the topic.")] = False,
+) -> None:
+    """Recompute each writer's chain and hold it against the signed checkpoints.
+
+    Exit 1 if a row was changed, removed, put in or moved, or a checkpoint is forged or missing. `uncovered_since`: rows from then on have no
+    checkpoint yet, and a removal of the newest of them would not show.
+    """
+    here = cli(context)
+    keys = [load_public_key(path) for path in key or _own_key(here.settings)]
+    if not keys:
+        say("checkpoints are not checked: name the control plane's public key with --key")
 
     async def read() -> list[dict[str, Any]]:
-        async with connected(settings.postgres.for_role("reader")) as connection:
-            return [
-                {"writer": writer, "seq": newest, "ok": problem is None, "problem": problem}
-                async for writer, newest, problem in audit.verify(connection)
-            ]
+        async with connected(here.settings.postgres.for_role("reader")) as connection:
+            return await checkpoints.verify(here.settings, connection, {key_id(k): k for k in keys}, offline=offline)
 
     found = run_async(read())
-    cli(context).show(found, ("writer", "seq", "ok", "problem"))
+    here.show(found, ("writer", "seq", "ok", "problem", "covered_seq", "covered_at", "uncovered_since"))
     if not all(entry["ok"] for entry in found):
         fail("the audit trail is broken", Exit.FAILED)

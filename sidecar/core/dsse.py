@@ -17,7 +17,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from sidecar.core.errors import MalformedEnvelope
+from sidecar.core.errors import AuthenticationFailed, MalformedEnvelope
 
 FIELDS = frozenset({"payloadType", "payload", "signatures"})
 MAX_SIGNATURES = 16
@@ -96,6 +96,27 @@ def parse(document: Mapping[str, Any]) -> Signed:
         return Signed(payload_type=kind, payload=base64.b64decode(_text(payload), validate=True), signatures=pairs)
     except (KeyError, TypeError, ValueError, binascii.Error):
         raise MalformedEnvelope("this is no DSSE envelope") from None
+
+
+def verified(raw: bytes, payload_type: str, keys: Mapping[str, Ed25519PublicKey]) -> bytes:
+    """The payload of a document that one of the keys signed. Raises MalformedEnvelope, AuthenticationFailed.
+
+    There is one way to write it: to the byte as `to_bytes` does, with one signature. So nothing in it can be changed and still verify,
+    not even what no signature covers: white space, a second field of a name, spare bits of base64.
+    """
+    try:
+        signed = parse(json.loads(raw))
+    except (ValueError, RecursionError, AttributeError):
+        raise MalformedEnvelope("this is no DSSE envelope") from None
+    if signed.to_bytes() != raw or len(signed.signatures) != 1:
+        raise MalformedEnvelope("the envelope is not written as the sidecar writes it: it was changed")
+    if signed.payload_type != payload_type:
+        raise MalformedEnvelope(f"the envelope holds something else than {payload_type}")
+    if signed.signatures[0][0] not in keys:
+        raise AuthenticationFailed("it was signed with a key that is not among the given ones")
+    if not signed.valid_key_ids(keys):
+        raise AuthenticationFailed("the signature does not fit: the document was changed, or never signed")
+    return signed.payload
 
 
 def _text(value: Any) -> str:

@@ -1,13 +1,16 @@
 """Audit rows, written in the transaction of the act."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 from zlib import crc32
 
-from sidecar.core.audit import GENESIS, AuditRow, find_break, link, tenant_ref
+from sidecar.core.audit import GENESIS, AuditRow, Chain, link, tenant_ref
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
+
+AT_ONCE: Final = 500
+"""Rows in memory while chains are checked. More are slower: the garbage collector looks at all of them."""
 
 
 async def append(
@@ -52,11 +55,31 @@ async def read(connection: Connection, *, writer: str | None = None, limit: int 
     return [_row(row) for row in reversed(rows)]
 
 
-async def verify(connection: Connection) -> AsyncIterator[tuple[str, int, str | None]]:
-    """For each writer: its name, its newest seq, and what is wrong with its chain (None: it holds)."""
+async def chains(connection: Connection, signed: Mapping[str, Mapping[int, bytes]] | None = None) -> AsyncIterator[Chain]:
+    """Each writer's chain, checked to its end, also against what checkpoints signed of it (writer → seq → hash). One snapshot, in chunks."""
+    left = dict(signed or {})
+    chain: Chain | None = None
     with mapped():
-        writers = await connection.fetch("SELECT writer, max(seq) AS newest FROM audit_log GROUP BY writer ORDER BY writer")
-    for entry in writers:
-        with mapped():
-            rows = await connection.fetch("SELECT * FROM audit_log WHERE writer = $1 ORDER BY seq", entry["writer"])
-        yield entry["writer"], entry["newest"], find_break(_row(row) for row in rows)
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            rows = await connection.cursor(
+                "SELECT writer, seq, at, action, actor, tenant_ref, details, prev_hash, hash FROM audit_log ORDER BY writer, seq"
+            )
+            while chunk := await rows.fetch(AT_ONCE):
+                for writer, *row in chunk:
+                    if chain is None or chain.writer != writer:
+                        if chain is not None:
+                            chain.end()
+                            yield chain
+                        chain = Chain(writer, left.pop(writer, {}))
+                    chain.add(*row)
+    ended = [chain] if chain is not None else []
+    ended += [Chain(writer, heads) for writer, heads in sorted(left.items())]  # signed, and no row is left
+    for chain in ended:
+        chain.end()
+        yield chain
+
+
+async def verify(connection: Connection) -> AsyncIterator[tuple[str, int, str | None]]:
+    """For each writer: its name, its newest seq, and what is wrong with its chain (None: it holds). Knows nothing of checkpoints."""
+    async for chain in chains(connection):
+        yield chain.writer, chain.seq, chain.problem

@@ -344,6 +344,7 @@ def build(
         },
         "views": [{"name": "all", "topic": f"{name}.view", "partitions": 3}],
         "control": {"topic": f"{name}.control", "receipts": f"{name}.receipts", "ledger": f"{name}.ledger", "allow_unsigned": True},
+        "audit": {"topic": f"{name}.audit", "checkpoint_every": "500ms"},
         "dead_letters": {"topic": f"{name}.dead"},
         "http": {"port": 0},
     }

@@ -1,6 +1,6 @@
 """`make bench`: what the product costs, as ratios of rounds that were interleaved in one run. Prints a table and JSON.
 
-    python -m tests.benchmarks.run [--events 60000] [--rounds 3] [--only throughput,streams,commands,memory] [--json FILE]
+    python -m tests.benchmarks.run [--events 60000] [--rounds 3] [--only throughput,streams,commands,memory,audit] [--json FILE]
 
 Broker, database and this process share the machine: seconds mean little, ratios of one run something. Nothing here fails for being slow.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import uvloop
 
 from sidecar.testing import local_stack
-from tests.benchmarks import commands, throughput
+from tests.benchmarks import audit, commands, throughput
 
 BOUNDS = {
     "encrypted / plain": ">= 0.90",
@@ -31,6 +31,7 @@ BOUNDS = {
     "shred p99 ms": "< 1000",
     "shred of 100,000 streams ms": "< 1000",
     "memory after a million streams MB": "< 250",
+    "verify of 1,000,000 audit rows s": "< 30",
 }
 
 
@@ -42,7 +43,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory-streams", type=int, default=1_000_000)
     parser.add_argument("--shreds", type=int, default=200, help="small tenants to shred, and streams to rotate, under load")
     parser.add_argument("--large", type=int, default=100_000, help="streams of the one large tenant")
-    parser.add_argument("--only", default="throughput,streams,commands,memory")
+    parser.add_argument("--audit-rows", type=int, default=1_000_000)
+    parser.add_argument("--only", default="throughput,streams,commands,memory,audit")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -57,6 +59,8 @@ async def measure(options: argparse.Namespace, stack: local_stack.LocalStack) ->
         figures |= await throughput.new_streams(bench, options.streams, options.rounds)
     if "commands" in only:
         figures |= await commands.latencies(bench, options.shreds, options.large)
+    if "audit" in only:
+        figures |= await audit.verify_seconds(bench, options.audit_rows)
     if "memory" in only:
         figures |= await throughput.memory(bench, options.memory_streams)
     return figures

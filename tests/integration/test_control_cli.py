@@ -81,7 +81,9 @@ async def test_a_day_with_the_command_line(
         assert (code, len(rows)) == (0, 3)
         assert set(rows[0]) == {"writer", "seq", "at", "action", "actor", "tenant_ref", "details", "prev_hash", "hash"}
         assert len(bytes.fromhex(rows[0]["hash"])) == 32
-        assert sidecar(config, "audit", "verify")[:2] == (0, [{"writer": "control-0", "seq": rows[-1]["seq"], "ok": True, "problem": None}])
+        code, found, _ = sidecar(config, "audit", "verify")
+        assert (code, [(row["writer"], row["seq"], row["ok"], row["problem"]) for row in found]) == (0, [("control-0", rows[-1]["seq"], True, None)])
+        assert set(found[0]) == {"writer", "seq", "ok", "problem", "covered_seq", "covered_at", "uncovered_since"}
     await database_with_acme.execute("DELETE FROM audit_log WHERE seq = 2")
     code, found, _ = sidecar(config, "audit", "verify")
     assert (code, found[0]["ok"]) == (1, False)

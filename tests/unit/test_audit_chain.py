@@ -1,5 +1,6 @@
 """The audit chain shows a row that was changed, removed, put in, or moved."""
 
+import json
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.core.audit import GENESIS, AuditRow, find_break, link, tenant_ref
+from sidecar.core.audit import GENESIS, AuditRow, Chain, canonical, find_break, link, tenant_ref
 from tests.unit import independent_decoder as second
 
 START = datetime(2026, 11, 23, 12, tzinfo=UTC)
@@ -65,6 +66,42 @@ def test_second_decoder_computes_the_same_hash(detail: dict[str, Any]) -> None:
     assert second.audit_hash(as_row | {"tenant_ref": row.tenant_ref.hex(), "details": detail}, GENESIS) == row.hash
 
 
+@given(details | st.integers(-(2**80), 2**80))
+def test_canonical_form_is_the_documented_one(detail: Any) -> None:
+    """Sorted names, no white space, non-ASCII as it is: as Python's own writer has it, which defined it first."""
+    assert canonical(detail) == json.dumps(detail, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def checked(rows: list[AuditRow], signed: dict[int, bytes]) -> Chain:
+    chain = Chain("control-0", signed)
+    for row in rows:
+        chain.add(row.seq, row.at, row.action, row.actor, row.tenant_ref, row.details, row.prev_hash, row.hash)
+    chain.end()
+    return chain
+
+
+def test_rows_up_to_the_newest_checkpoint_are_covered_and_later_ones_are_not() -> None:
+    chain = checked(ROWS, {2: ROWS[1].hash, 4: ROWS[3].hash})
+    assert (chain.problem, chain.covered_seq, chain.covered_at, chain.uncovered_since) == (None, 4, ROWS[3].at, ROWS[4].at)
+    chain = checked(ROWS, {6: ROWS[5].hash})
+    assert (chain.problem, chain.covered_seq, chain.uncovered_since) == (None, 6, None)
+    chain = checked(ROWS, {})
+    assert (chain.problem, chain.covered_seq, chain.uncovered_since) == (None, None, ROWS[0].at)
+
+
+@pytest.mark.parametrize(("left", "said"), [(5, "row 6, which"), (3, "rows 4 to 6, which"), (0, "rows 1 to 6, which")])
+def test_removal_of_the_newest_rows_shows_against_a_checkpoint(left: int, said: str) -> None:
+    assert said in str(checked(ROWS[:left], {2: ROWS[1].hash, 6: ROWS[5].hash}).problem)
+    assert checked(ROWS[:left], {}).problem is None, "control: the chain alone does not show it"
+
+
+def test_chain_that_was_written_anew_from_some_row_on_shows_against_a_checkpoint() -> None:
+    anew = chain([{"n": n, "keys": ["a", "b"] if n < 3 else []} for n in range(6)])
+    assert checked(anew, {}).problem is None, "control: it is a chain"
+    assert checked(anew, {2: ROWS[1].hash}).problem is None, "control: signed before the change"
+    assert "row 5 is not the one that a checkpoint signed" in str(checked(anew, {2: ROWS[1].hash, 5: ROWS[4].hash, 6: anew[5].hash}).problem)
+
+
 CHANGES: dict[str, Any] = {
     "writer": "control-1",
     "seq": 9,
@@ -92,7 +129,7 @@ def test_changed_column_shows(column: str, at: int) -> None:
 
 def hash_blind_to(column: str) -> AuditRow | None:
     """Control: row 2 with one column changed and its own hash written anew, which only the next row can show."""
-    if column in ("hash", "prev_hash", "seq"):
+    if column in ("hash", "prev_hash", "seq", "writer"):  # a row of another writer does not belong to the chain at all
         return None
     arguments = {name: getattr(ROWS[1], name) for name in CHANGES if name not in ("hash", "prev_hash")}
     return link(ROWS[0].hash, **(arguments | {column: CHANGES[column]}))
