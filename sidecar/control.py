@@ -35,6 +35,7 @@ from sidecar.postgres import audit, commands, guard, migrations
 from sidecar.postgres.commands import Job, Unpublished
 from sidecar.postgres.connection import Connection, Pool, connect, open_pool, refuse_transaction_pooling, transaction
 from sidecar.postgres.guard import Backend
+from sidecar.readmission import Readmission
 from sidecar.rotation import Rotation
 from sidecar.sealing import Sealing
 from sidecar.settings import Settings
@@ -333,7 +334,7 @@ class ControlPlane:
         ledger = Ledger(self._pool, self._ledger_topic, self._signer, self._settings.deployment)
         steps = Steps(self._pool, self._admin, self._clock, ledger)
         notices = Notices(self._pool, self._admin, self._writer)
-        flows: dict[str, Flow] = {"shred": Shredding(steps, notices), "rotate": Rotation(steps)}
+        flows: dict[str, Flow] = {"shred": Shredding(steps, notices), "rotate": Rotation(steps), "readmit": Readmission(steps)}
         self._outbox = Outbox(self._pool, ReceiptPublisher(self._settings))
         self._executor = Executor(self._pool, flows, self._wake_outbox)
         await lock.add_listener(commands.CHANNEL, lambda *_: self._wake_executor())

@@ -238,7 +238,7 @@ async def rotations_due(connection: Connection, now: datetime, limit: int = 500)
             WITH youngest AS (SELECT min(key_rotation_interval_days) AS days FROM encryption_policies WHERE encryption_required),
             aged AS (
               SELECT k.tenant_id, coalesce(s.stream_type_class, k.scope_id) AS class, k.created_at
-              FROM encryption_keys k
+              FROM encryption_keys k JOIN tenants USING (tenant_id, generation)
               LEFT JOIN streams s ON k.scope_kind = 'stream' AND s.tenant_id = k.tenant_id AND s.stream_id = k.scope_id
               WHERE k.is_active AND k.scope_kind IN ('stream', 'class')
                 AND k.created_at < $1::timestamptz - make_interval(days => (SELECT days FROM youngest))

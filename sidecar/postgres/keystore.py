@@ -31,8 +31,10 @@ LEFT JOIN streams st ON st.tenant_id = x.t AND st.stream_id = x.s
 LEFT JOIN LATERAL (SELECT k.key_id, k.key_version FROM stream_key_history k
   WHERE k.tenant_id = x.t AND k.stream_id = x.s ORDER BY k.used_from_position DESC LIMIT 1) h ON true"""
 
+# Of the tenant's present generation: one that was readmitted has keys of older ones that look as if they lived.
 _NEWEST = """(SELECT * FROM encryption_keys e WHERE e.tenant_id = x.t AND e.scope_kind = x.kind AND e.scope_id = x.id
-  ORDER BY e.is_active DESC, e.generation DESC, e.key_version DESC LIMIT 1)"""
+    AND e.generation = (SELECT generation FROM tenants WHERE tenant_id = x.t)
+  ORDER BY e.is_active DESC, e.key_version DESC LIMIT 1)"""
 
 # A stream's key is used in this stream alone: its uses are the positions it sealed, here up to `open_from`.
 _NEWEST_KEYS = f"""
@@ -78,7 +80,7 @@ class KeyStore:
         return await self.fetch(_STREAMS, [t for t, _ in wanted], [s for _, s in wanted])
 
     async def newest_keys(self, scopes: Sequence[tuple[str, ScopeKind, str]]) -> list[Any]:
-        """Per (tenant, kind, id): the active key, else its newest version."""
+        """Per (tenant, kind, id), of its newest generation: the active key, else its newest version."""
         return await self.fetch(_NEWEST_KEYS, [t for t, _, _ in scopes], [k.value for _, k, _ in scopes], [i for _, _, i in scopes])
 
     async def subjects(self, wanted: Sequence[tuple[str, str]]) -> list[Any]:

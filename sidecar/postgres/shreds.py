@@ -126,15 +126,16 @@ async def _destroy_tenant(connection: Connection, tenant: str) -> Keys:
     return Keys(fingerprints=[r["fingerprint"] for r in rows], names=[f"kek/{r['generation']}/{r['kek_version']}" for r in rows])
 
 
-# Keys that the scope's events need and that are not the scope's own, so cannot be destroyed with it.
+# Keys that the scope's events need and that are not the scope's own, so cannot be destroyed with it. Of older generations there are none.
+_OF_NOW = "generation = (SELECT generation FROM tenants WHERE tenant_id = $1)"
 _SHARED = {
     ScopeKind.STREAM: f"""SELECT DISTINCT key_id, scope_kind, scope_id FROM encryption_keys WHERE tenant_id = $1 AND NOT is_destroyed
-        AND key_id IN ({_STREAM_KEY_IDS}) AND (scope_kind <> 'stream' OR scope_id <> $2)""",
-    ScopeKind.CLASS: """
+        AND {_OF_NOW} AND key_id IN ({_STREAM_KEY_IDS}) AND (scope_kind <> 'stream' OR scope_id <> $2)""",
+    ScopeKind.CLASS: f"""
         WITH of_class AS MATERIALIZED (SELECT stream_id, encryption_key_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2),
         used AS (SELECT h.key_id FROM of_class c JOIN stream_key_history h ON h.tenant_id = $1 AND h.stream_id = c.stream_id
                  UNION SELECT encryption_key_id FROM of_class WHERE encryption_key_id IS NOT NULL)
-        SELECT DISTINCT key_id, scope_kind, scope_id FROM encryption_keys k JOIN used USING (key_id) WHERE k.tenant_id = $1 AND NOT k.is_destroyed
+        SELECT DISTINCT key_id, scope_kind, scope_id FROM encryption_keys k JOIN used USING (key_id) WHERE k.tenant_id = $1 AND NOT k.is_destroyed AND {_OF_NOW}
           AND NOT (k.scope_kind = 'class' AND k.scope_id = $2)
           AND NOT (k.scope_kind = 'stream' AND k.scope_id IN (SELECT stream_id FROM of_class))""",
 }
