@@ -13,13 +13,14 @@ from sidecar.core.aead import Cipher, Suite, lp
 from sidecar.core.envelope import NO_FIELD, PREFIX_BYTES, Header, event_aad, open_envelope, parse_header, stream_aad
 from sidecar.core.errors import AuthenticationFailed, KeyShredded, KeyUnavailable, RecordError, UnknownKey
 from sidecar.core.keys import Kek, TenantState
-from sidecar.core.model import Erased, Event
+from sidecar.core.model import Erased, Event, Scope, ScopeKind
 from sidecar.core.view import Attributes, guard_stripe, parse_attributes, unframe
 from sidecar.keys import KeyManagement, dek_row, kek_row, open_dek
 from sidecar.ledger import LedgerGate
 from sidecar.postgres.connection import Connection, Pool
 from sidecar.postgres.errors import mapped
 from sidecar.postgres.keystore import KeyStore
+from sidecar.postgres.shreds import messages_of
 
 _COLUMNS = """
 SELECT m.tenant_id, m.stream_id, m.stream_position, m.message_id, m.message_type, m.schema_version, m.occurred_at, m.data, m.data_encrypted,
@@ -34,6 +35,8 @@ _OF_TENANT = (
     + """WHERE m.tenant_id = $1 AND m.stream_position >= $3 AND ($2::text IS NULL OR s.stream_type_class = $2)
 ORDER BY m.transaction_id, m.global_position LIMIT $4"""
 )
+_SOMEBODY = Scope(tenant="", kind=ScopeKind.SUBJECT, id="")
+_OF_SUBJECT = _COLUMNS + f"WHERE {messages_of(_SOMEBODY)} AND m.stream_position >= $3 ORDER BY m.transaction_id, m.global_position LIMIT $4"
 BY_SOURCE = (
     _COLUMNS + "WHERE m.source_id = $1 AND m.source_partition = $2 AND m.source_offset >= $3 AND m.source_offset < $4 ORDER BY m.source_offset"
 )
@@ -148,10 +151,17 @@ class EventStore:
         self._pool, self._keys, self._ledger = pool, keys, ledger
 
     async def read(
-        self, tenant: str, *, stream: str | None = None, stream_class: str | None = None, from_position: int = 1, limit: int = 1000
+        self,
+        tenant: str,
+        *,
+        stream: str | None = None,
+        stream_class: str | None = None,
+        subject: str | None = None,
+        from_position: int = 1,
+        limit: int = 1000,
     ) -> list[tuple[Any, Event | Erased | RecordError | UnknownKey]]:
-        """Rows with what they hold. An event that cannot be opened is an answer; Unavailable is raised."""
-        sql, second = (_OF_STREAM, stream) if stream is not None else (_OF_TENANT, stream_class)
+        """Rows with what they hold; of a stream, a class, a person or the whole tenant. An event that cannot be opened is an answer; Unavailable is raised."""
+        sql, second = (_OF_STREAM, stream) if stream is not None else (_OF_SUBJECT, subject) if subject is not None else (_OF_TENANT, stream_class)
         while True:
             ciphers = Ciphers(KeyStore(self._pool), self._keys)
             epoch = await self._epoch(tenant)

@@ -16,6 +16,6 @@ async def preview(steps: Steps, job: Job, command: Command) -> Job:
             await shreds.refuse_shared(connection, scope)
         sealed, plain = await shreds.count_events(connection, scope)
         keys = {"count": await shreds.count_deks(connection, scope)}
-        events = {"unreadable": sealed, "plain_remaining": 0 if command.include_plain else plain}
+        events = shreds.events_on_receipt(sealed, 0 if command.include_plain else plain)
         body = steps.receipt_of(job, command, "done", keys=keys, events=events, dry_run=True)
         return await commands.advance(connection, job, FINISHED, receipt=body, finished=True)

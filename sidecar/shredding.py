@@ -121,7 +121,7 @@ class Shredding:
         )
         counted: dict[str, Any] = {"unreadable": None, "plain_remaining": None, "counting": True}
         if events is not None:
-            counted = {"unreadable": events[0], "plain_remaining": events[1]}
+            counted = shreds.events_on_receipt(*events)
         facts = job.facts
         body = self._steps.receipt_of(
             job,

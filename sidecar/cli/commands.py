@@ -24,6 +24,7 @@ _NOT_ALLOWED = ("unsigned", "bad_signature", "unknown_issuer", "not_permitted", 
 Tenant = Annotated[str, typer.Option(help="Whose data.")]
 Stream = Annotated[str | None, typer.Option(help="Only this stream of the tenant.")]
 Class = Annotated[str | None, typer.Option("--class", help="Only the streams of this class.")]
+Subject = Annotated[str | None, typer.Option(help="Only the events of this person.")]
 Reason = Annotated[str, typer.Option(help="Why; goes with the command. Name no data subject in it.")]
 Wait = Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Wait for the receipt; exit 4 if it does not come in time.")]
 RequestedBy = Annotated[str | None, typer.Option(help="Who asks; user@host by default.")]
@@ -38,12 +39,13 @@ def add_to(app: typer.Typer) -> None:
         reason: Reason,
         stream: Stream = None,
         stream_class: Class = None,
+        subject: Subject = None,
         wait: Wait = None,
         requested_by: RequestedBy = None,
         ticket: Ticket = None,
     ) -> int:
         """Retire keys: none of them seals anything after the receipt; each gets its next version at its next write."""
-        scope = _scope(tenant, stream, stream_class)
+        scope = _scope(tenant, stream, stream_class, subject)
         return _send(cli(context), "rotate", scope, reason=reason, requested_by=requested_by, ticket=ticket, wait=wait, options={})
 
     @app.command()
@@ -53,6 +55,7 @@ def add_to(app: typer.Typer) -> None:
         reason: Reason,
         stream: Stream = None,
         stream_class: Class = None,
+        subject: Subject = None,
         yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
         wait: Wait = None,
         include_plain: Annotated[bool, typer.Option("--include-plain", help="Delete unencrypted events of the scope too.")] = False,
@@ -60,22 +63,22 @@ def add_to(app: typer.Typer) -> None:
         ticket: Ticket = None,
     ) -> int:
         """Make data unreadable, for ever."""
-        scope = _scope(tenant, stream, stream_class)
+        scope = _scope(tenant, stream, stream_class, subject)
         if not yes:
             _confirm(scope)
         options = {"include_plain": include_plain, "dry_run": False}
         return _send(cli(context), "shred", scope, reason=reason, requested_by=requested_by, ticket=ticket, wait=wait, options=options)
 
 
-def _scope(tenant: str, stream: str | None, stream_class: str | None) -> Scope:
-    if stream is not None and stream_class is not None:
-        raise typer.BadParameter("--stream or --class, not both")
+def _scope(tenant: str, stream: str | None, stream_class: str | None, subject: str | None) -> Scope:
+    named = {ScopeKind.STREAM: stream, ScopeKind.CLASS: stream_class, ScopeKind.SUBJECT: subject}
+    given = [(kind, text) for kind, text in named.items() if text is not None]
+    if len(given) > 1:
+        raise typer.BadParameter("one of --stream, --class and --subject")
     try:
         whose = tenant_id(tenant)
-        if stream is not None:
-            return Scope(tenant=whose, kind=ScopeKind.STREAM, id=identifier(stream.encode("utf-8", "replace"), "stream"))
-        if stream_class is not None:
-            return Scope(tenant=whose, kind=ScopeKind.CLASS, id=identifier(stream_class.encode("utf-8", "replace"), "class"))
+        for kind, text in given:
+            return Scope(tenant=whose, kind=kind, id=identifier(text.encode("utf-8", "replace"), kind.value))
     except MalformedRecord as error:
         raise typer.BadParameter(str(error)) from None
     return Scope.of_tenant(whose)

@@ -68,12 +68,13 @@ def list_(
     tenant: Annotated[str, typer.Option(help="The tenant.")],
     stream: Annotated[str | None, typer.Option(help="Only this stream, by position.")] = None,
     stream_class: Annotated[str | None, typer.Option("--class", help="Only this class.")] = None,
+    subject: Annotated[str | None, typer.Option(help="Only this person's, where a policy seals them by person.")] = None,
     from_: Annotated[int, typer.Option("--from", help="From this position on.")] = 1,
     limit: Annotated[int, typer.Option(min=1, max=1_000_000)] = 1000,
 ) -> None:
     """Events, decrypted; erased ones are shown as such. Exit 1 if any cannot be opened."""
     here = cli(context)
-    _show(here, run_async(_read(here, tenant, stream=stream, stream_class=stream_class, from_position=from_, limit=limit)))
+    _show(here, run_async(_read(here, tenant, stream=stream, stream_class=stream_class, subject=subject, from_position=from_, limit=limit)))
 
 
 @app.command()

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from sidecar import policies
 from sidecar.cli.context import Exit, cli, fail, run_async
 from sidecar.core.errors import ConfigurationError, MalformedRecord
-from sidecar.core.extract import Extractor
+from sidecar.core.extract import Extractor, subject_of
 from sidecar.core.policy import Classifier, Encrypt, PolicySet, Refuse
 from sidecar.postgres.connection import Connection, connected
 from sidecar.postgres.errors import mapped
@@ -115,9 +115,15 @@ async def _explain(settings: Settings, topic: str, headers: dict[str, bytes], ke
         loaded = await load_policies(connection, settings.policies.unmatched)
     stream_class = known["stream_type_class"] if known else rule.stream_class if rule else "unclassified"
     because = ["the stream has this class since its first event" if known else f"class rule {rule}" if rule else "no class rule matches"]
-    return {"tenant": who.tenant, "stream": who.stream, "type": who.type, "class": stream_class} | _outcome(
-        loaded, who.tenant, stream_class, known, because
-    )
+    out = {"tenant": who.tenant, "stream": who.stream, "type": who.type, "class": stream_class}
+    out |= _outcome(loaded, who.tenant, stream_class, known, because)
+    decision = loaded.decide(who.tenant, stream_class)
+    if isinstance(decision, Encrypt) and decision.subject is not None:
+        try:
+            out["subject"] = subject_of(decision.subject, topic, str(key).encode() if key is not None else None, value, headers)
+        except MalformedRecord as error:
+            out |= {"outcome": "dead letter", "because": [*because, f"{error.reason}: {decision.subject} names no person: {error}"]}
+    return out
 
 
 async def _known_stream(connection: Connection, tenant: str, stream: str) -> Any:

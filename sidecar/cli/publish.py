@@ -19,6 +19,7 @@ def publish(
     tenant: Annotated[str, typer.Option()] = ...,  # type: ignore[assignment]
     stream: Annotated[str, typer.Option()] = ...,  # type: ignore[assignment]
     type_: Annotated[str, typer.Option("--type")] = ...,  # type: ignore[assignment]
+    subject: Annotated[str | None, typer.Option(help="The person that the event is about (ce_subjectid).")] = None,
 ) -> None:
     """Publish one event as a CloudEvent (binary mode)."""
     here = cli(context)
@@ -28,6 +29,7 @@ def publish(
         fail(f"error: {file} cannot be read: {error.strerror}", Exit.USAGE)
     message_id = str(uuid4())
     attributes = {"specversion": "1.0", "id": message_id, "source": "/sidecar/publish", "type": type_, "tenantid": tenant, "streamid": stream}
+    attributes |= {"subjectid": subject} if subject is not None else {}
     headers = [(f"ce_{name}", text.encode()) for name, text in attributes.items()]
     partition, offset = send(here.settings, topic, key=f"{tenant}/{stream}".encode(), value=value, headers=headers)
     show_line({"topic": topic, "partition": partition, "offset": offset, "message_id": message_id})

@@ -223,10 +223,13 @@ def _command(body: _CommandV1) -> Command:
         text = getattr(body, name)
         if text is not None and not (text.strip() and text.replace("\n", " ").replace("\t", " ").isprintable()):
             raise CommandRejected("malformed", f"{name}: 1 to {MAX_TEXT} printable characters")
+    scope = _scope(body.scope)
+    if body.options.include_plain and scope.kind is ScopeKind.SUBJECT:
+        raise CommandRejected("include_plain_unsupported", "plain events do not say whose they are: shred their streams, or their class")
     return Command(
         command_id=body.command_id,
         op=body.op,
-        scope=_scope(body.scope),
+        scope=scope,
         reason=body.reason,
         requested_by=body.requested_by,
         ticket=body.ticket,

@@ -242,6 +242,11 @@ async def rotations_due(connection: Connection, now: datetime, limit: int = 500)
               LEFT JOIN streams s ON k.scope_kind = 'stream' AND s.tenant_id = k.tenant_id AND s.stream_id = k.scope_id
               WHERE k.is_active AND k.scope_kind IN ('stream', 'class')
                 AND k.created_at < $1::timestamptz - make_interval(days => (SELECT days FROM youngest))
+              UNION ALL
+              SELECT k.tenant_id, s.stream_type_class, k.created_at FROM encryption_keys k
+              JOIN stream_key_history h USING (tenant_id, key_id, key_version) JOIN streams s USING (tenant_id, stream_id)
+              WHERE k.is_active AND k.scope_kind = 'subject' AND h.used_to_position IS NULL
+                AND k.created_at < $1::timestamptz - make_interval(days => (SELECT days FROM youngest))
             ),
             oldest AS (SELECT tenant_id, class, min(created_at) AS made FROM aged GROUP BY tenant_id, class)
             SELECT o.tenant_id, o.class, $1::timestamptz - make_interval(days => p.days) AS older_than

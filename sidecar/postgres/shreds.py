@@ -84,6 +84,8 @@ async def destroy(connection: Connection, scope: Scope, command_id: UUID) -> Key
     await refuse_shared(connection, scope)
     if scope.kind is ScopeKind.STREAM:
         statement = f"UPDATE encryption_keys k SET {_DESTROY} WHERE tenant_id = $1 AND key_id IN ({_STREAM_KEY_IDS}) AND NOT is_destroyed"
+    elif scope.kind is ScopeKind.SUBJECT:
+        statement = f"UPDATE encryption_keys k SET {_DESTROY} WHERE {_of_scope(scope)} AND NOT is_destroyed"
     else:
         # By scope, not by history: whatever a retired version was used for, it goes.
         statement = f"""UPDATE encryption_keys k SET {_DESTROY} WHERE tenant_id = $1 AND NOT is_destroyed
@@ -113,6 +115,8 @@ def _of_scope(scope: Scope) -> str:
     """A condition on encryption_keys k; $1 the tenant, $2 the scope's id."""
     if scope.kind is ScopeKind.STREAM:
         return f"k.tenant_id = $1 AND k.key_id IN ({_STREAM_KEY_IDS}) AND k.scope_kind = 'stream' AND k.scope_id = $2"
+    if scope.kind is ScopeKind.SUBJECT:
+        return "k.tenant_id = $1 AND k.scope_kind = 'subject' AND k.scope_id = $2"
     return """k.tenant_id = $1 AND (k.scope_kind = 'class' AND k.scope_id = $2 OR k.scope_kind = 'stream'
       AND k.scope_id IN (SELECT stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2))"""
 
@@ -142,16 +146,13 @@ _SHARED = {
 
 
 async def refuse_shared(connection: Connection, scope: Scope) -> None:
-    _refuse_subject(scope)
+    """A person's key is the person's alone: in whichever streams, it goes with the person."""
+    if scope.kind is ScopeKind.SUBJECT:
+        return
     with mapped():
         shared = await connection.fetch(_SHARED[scope.kind], scope.tenant, scope.id)
     if shared:
         raise CommandRejected("shared_key", await _name_sharers(connection, scope, shared))
-
-
-def _refuse_subject(scope: Scope) -> None:
-    if scope.kind is ScopeKind.SUBJECT:
-        raise CommandRejected("unknown_scope", "this release shreds and rotates the scopes tenant, stream and class")
 
 
 async def _name_sharers(connection: Connection, scope: Scope, shared: list[Any]) -> str:
@@ -166,7 +167,8 @@ async def _name_sharers(connection: Connection, scope: Scope, shared: list[Any])
             ids,
             scope.id,
         )
-    of = ", ".join(sorted({"the tenant" if row["scope_kind"] == "tenant" else f"{row['scope_kind']} {row['scope_id']}" for row in shared}))
+    owners = sorted({"the tenant" if row["scope_kind"] == "tenant" else f"{row['scope_kind']} {row['scope_id']}" for row in shared})
+    of = ", ".join(owners[:SHARERS_NAMED]) + (f" and {len(owners) - SHARERS_NAMED} more" if len(owners) > SHARERS_NAMED else "")
     if not rows:
         return f"its events are under a key of {of}; no other stream uses it yet"
     more = rows[0]["total"] - len(rows)
@@ -175,19 +177,25 @@ async def _name_sharers(connection: Connection, scope: Scope, shared: list[Any])
 
 async def retire(connection: Connection, scope: Scope, older_than: datetime | None) -> list[str]:
     """Mark the live keys that the scope's events are sealed with; each gets its successor at its next write. -> names."""
-    _refuse_subject(scope)
     of = {
         ScopeKind.TENANT: "$2::text IS NOT NULL",
         ScopeKind.CLASS: """(scope_kind = 'class' AND scope_id = $2 OR scope_kind = 'stream'
-            AND scope_id IN (SELECT stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2))""",
-        ScopeKind.STREAM: """(scope_kind = 'stream' AND scope_id = $2
-            OR key_id = (SELECT encryption_key_id FROM streams WHERE tenant_id = $1 AND stream_id = $2))""",
+            AND scope_id IN (SELECT stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2)
+            OR scope_kind = 'subject' AND key_id IN (SELECT h.key_id FROM streams s JOIN stream_key_history h USING (tenant_id, stream_id)
+              WHERE s.tenant_id = $1 AND s.stream_type_class = $2 AND h.used_to_position IS NULL))""",
+        ScopeKind.STREAM: """key_id IN (
+            SELECT key_id FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = 'stream' AND scope_id = $2 AND is_active
+            UNION SELECT encryption_key_id FROM streams WHERE tenant_id = $1 AND stream_id = $2 AND encryption_key_id IS NOT NULL
+            UNION SELECT key_id FROM stream_key_history WHERE tenant_id = $1 AND stream_id = $2 AND used_to_position IS NULL)""",
+        ScopeKind.SUBJECT: "scope_kind = 'subject' AND scope_id = $2",
     }[scope.kind]
+    known = {
+        ScopeKind.STREAM: "SELECT EXISTS (SELECT FROM streams WHERE tenant_id = $1 AND stream_id = $2)",
+        ScopeKind.SUBJECT: "SELECT EXISTS (SELECT FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = 'subject' AND scope_id = $2)",
+    }.get(scope.kind)
     with mapped():
-        if scope.kind is ScopeKind.STREAM:
-            known = "SELECT EXISTS (SELECT FROM streams WHERE tenant_id = $1 AND stream_id = $2)"
-            if not await connection.fetchval(known, scope.tenant, scope.id):
-                raise CommandRejected("unknown_stream", "the tenant has no such stream")
+        if known is not None and not await connection.fetchval(known, scope.tenant, scope.id):
+            raise CommandRejected(f"unknown_{scope.kind}", f"the tenant has no such {scope.kind}")
         rows = await connection.fetch(
             f"""UPDATE encryption_keys SET is_active = false, retired_at = now()
                 WHERE tenant_id = $1 AND is_active AND {of} AND ($3::timestamptz IS NULL OR created_at < $3) RETURNING key_id, key_version""",
@@ -251,25 +259,35 @@ async def stream_class(connection: Connection, tenant: str, stream: str) -> str 
     return found
 
 
-def _messages_of(scope: Scope) -> str:
+def messages_of(scope: Scope) -> str:
     """A condition on messages m; $1 the tenant, $2 the scope's id."""
     if scope.kind is ScopeKind.TENANT:
         return "m.tenant_id = $1 AND $2::text IS NOT NULL"
     if scope.kind is ScopeKind.STREAM:
         return "m.tenant_id = $1 AND m.stream_id = $2"
+    if scope.kind is ScopeKind.SUBJECT:
+        return f"""m.tenant_id = $1 AND m.stream_id IN (SELECT h.stream_id FROM stream_key_history h JOIN encryption_keys k USING (tenant_id, key_id)
+            WHERE {_of_scope(scope)})
+          AND substring(m.data_encrypted FROM 6 FOR 16) IN (SELECT uuid_send(k.key_id) FROM encryption_keys k WHERE {_of_scope(scope)})"""
     return "m.tenant_id = $1 AND m.stream_id IN (SELECT stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2)"
 
 
-async def count_events(connection: Connection, scope: Scope) -> tuple[int, int]:
-    """-> events that were encrypted, events that are plain."""
+async def count_events(connection: Connection, scope: Scope) -> tuple[int, int | None]:
+    """-> events that were encrypted, events that are plain: None of a person, whom plain events do not name to us."""
     with mapped():
         row = await connection.fetchrow(
-            f"SELECT count(m.data_encrypted) AS sealed, count(*) - count(m.data_encrypted) AS plain FROM messages m WHERE {_messages_of(scope)}",
+            f"SELECT count(m.data_encrypted) AS sealed, count(*) - count(m.data_encrypted) AS plain FROM messages m WHERE {messages_of(scope)}",
             scope.tenant,
             scope.id,
         )
     assert row is not None  # noqa: S101 (an aggregate has one row)
-    return row["sealed"], row["plain"]
+    return row["sealed"], None if scope.kind is ScopeKind.SUBJECT else row["plain"]
+
+
+def events_on_receipt(unreadable: int, plain: int | None) -> dict[str, Any]:
+    """As `count_events` has them."""
+    counted: dict[str, Any] = {"unreadable": unreadable, "plain_remaining": plain}
+    return counted if plain is not None else counted | {"note": "plain events do not say whose they are; they were not counted"}
 
 
 async def count_deks(connection: Connection, scope: Scope) -> int:
@@ -288,7 +306,7 @@ async def delete_plain(connection: Connection, scope: Scope, after: tuple[str, i
             f"""
             WITH next AS (
               SELECT m.stream_id, m.stream_position FROM messages m
-              WHERE {_messages_of(scope)} AND m.data_encrypted IS NULL AND (m.stream_id, m.stream_position) > ($3, $4)
+              WHERE {messages_of(scope)} AND m.data_encrypted IS NULL AND (m.stream_id, m.stream_position) > ($3, $4)
               ORDER BY m.stream_id, m.stream_position LIMIT $5
             ), gone AS (
               DELETE FROM messages m USING next n WHERE m.tenant_id = $1 AND m.stream_id = n.stream_id AND m.stream_position = n.stream_position

@@ -271,7 +271,7 @@ class World:
 
     # what a reader sees
 
-    def events(self, tenant: str, *, stream: str | None = None, stream_class: str | None = None) -> list[dict[str, Any]]:
+    def events(self, tenant: str, *, stream: str | None = None, stream_class: str | None = None, subject: str | None = None) -> list[dict[str, Any]]:
         """What `sidecar events list` says (its rows, with the value's bytes as `value`), without the cost of a process."""
 
         async def read() -> list[dict[str, Any]]:
@@ -280,7 +280,7 @@ class World:
                 store = EventStore(
                     pool, KeyManagement(open_kms(self.settings.kms.uri)), LedgerGate(LedgerTopic(self.settings), self.settings.deployment)
                 )
-                found = await store.read(tenant, stream=stream, stream_class=stream_class, limit=1_000_000)
+                found = await store.read(tenant, stream=stream, stream_class=stream_class, subject=subject, limit=1_000_000)
             finally:
                 await pool.close()
             return [shown(row, held) for row, held in found]

@@ -128,7 +128,7 @@ async def test_every_command_that_is_refused_gets_a_receipt_and_the_topic_moves_
         ("unknown_tenant", Scope.of_tenant("nobody"), {}),
         ("expired", ACME, {"not_after": past}),
         ("wrong_audience", ACME, {"audience": "another"}),
-        ("unknown_scope", Scope(tenant="acme", kind=ScopeKind.SUBJECT, id="jane"), {}),
+        ("include_plain_unsupported", Scope(tenant="acme", kind=ScopeKind.SUBJECT, id="jane"), {"options": {"include_plain": True}}),
         ("shared_key", stream_of("acme", "a"), {}),
     ):
         bad.append((code, *kit.command(world.settings, "shred", scope, **changes)))
@@ -141,7 +141,7 @@ async def test_every_command_that_is_refused_gets_a_receipt_and_the_topic_moves_
         kit.send(world.settings, *(raw for _, _, raw in bad), last, key="acme")  # one key: one partition, in order
         assert (await world.final(good))["status"] == "done"
         # rejected at once: one receipt; refused by what the execution found: accepted, then rejected
-        late = {str(i) for code, i, _ in bad if code in ("shared_key", "unknown_stream", "unknown_scope")}
+        late = {str(i) for code, i, _ in bad if code in ("shared_key", "unknown_stream")}
         receipts = await world.published(len(bad) + len(late) + 2)
     rejected = [r for r in receipts if r["status"] == "rejected"]
     assert Counter(r["error"]["code"] for r in rejected) == Counter(code for code, _, _ in bad)

@@ -82,6 +82,9 @@ CREATE FUNCTION scope_ref(tenant TEXT, kind TEXT, id TEXT) RETURNS BYTEA LANGUAG
 DROP INDEX one_active_key;
 CREATE UNIQUE INDEX one_active_key ON encryption_keys (tenant_id, scope_kind, scope_id, generation) WHERE is_active;
 
+-- ── persons' keys ───────────────────────────────────────────────────────────────────────────────────────────────────
+CREATE INDEX stream_key_history_key ON stream_key_history (tenant_id, key_id);   -- which streams hold events of a key: a person's, a shared one's
+
 -- ── evidence ────────────────────────────────────────────────────────────────────────────────────────────────────────
 CREATE TABLE certificates (
   certificate_id UUID PRIMARY KEY, command_id UUID NOT NULL, status TEXT NOT NULL, envelope BYTEA NOT NULL, salt BYTEA NOT NULL,
