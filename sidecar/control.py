@@ -21,6 +21,7 @@ from sidecar.checkpoints import Checkpoints
 from sidecar.core.command import Command, receipt, receipt_id, stored
 from sidecar.core.errors import CommandRejected, Conflict, LedgerBehind, SidecarError, Unavailable
 from sidecar.core.model import duration_ms
+from sidecar.holds import Holding, Releasing
 from sidecar.inbox import Backoff, Inbox, log_status, schedule_rotations
 from sidecar.kafka import journal
 from sidecar.kafka.admin import Admin
@@ -334,7 +335,13 @@ class ControlPlane:
         ledger = Ledger(self._pool, self._ledger_topic, self._signer, self._settings.deployment)
         steps = Steps(self._pool, self._admin, self._clock, ledger)
         notices = Notices(self._pool, self._admin, self._writer)
-        flows: dict[str, Flow] = {"shred": Shredding(steps, notices), "rotate": Rotation(steps), "readmit": Readmission(steps)}
+        flows: dict[str, Flow] = {
+            "shred": Shredding(steps, notices),
+            "rotate": Rotation(steps),
+            "hold": Holding(steps),
+            "release": Releasing(steps),
+            "readmit": Readmission(steps),
+        }
         self._outbox = Outbox(self._pool, ReceiptPublisher(self._settings))
         self._executor = Executor(self._pool, flows, self._wake_outbox)
         await lock.add_listener(commands.CHANNEL, lambda *_: self._wake_executor())

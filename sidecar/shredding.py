@@ -22,6 +22,7 @@ from sidecar.notices import Notices, plain_tombstones
 from sidecar.postgres import commands, shreds
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, transaction
+from sidecar.postgres.holds import refuse_held
 from sidecar.preview import preview
 from sidecar.steps import FINISHED, Steps, failpoint
 
@@ -62,6 +63,7 @@ class Shredding:
         described = await asyncio.to_thread(self._steps.admin.describe, {topic for _, topic, _ in sources})
         async with self._steps.under_guard(scope.tenant) as connection:
             tenant = await shreds.lock_tenant(connection, scope.tenant)
+            await refuse_held(connection, scope)
             ends = await self._source_ends(sources, described)
             keys = await shreds.destroy(connection, scope, command.command_id)
             await shreds.record_barriers(connection, command.command_id, scope.tenant, ends)

@@ -78,10 +78,11 @@ class Steps:
         outcome = {"running": "released", "stopped": "stopped", "fenced": "fenced"}
         return [{"instance_id": i.instance_id, "outcome": "fenced" if i.instance_id in gone else outcome[i.state]} for i in found]
 
-    async def audited(self, connection: Connection, command: Command, action: str, keys: Keys) -> dict[str, Any]:
+    async def audited(self, connection: Connection, command: Command, action: str, keys: Keys | None = None, **facts: Any) -> dict[str, Any]:
         """The row of the act. A scope's id may be a person's name, so the trail holds its pseudonym; `command_id` leads to the rest."""
         scope = command.scope
-        details = {"command_id": str(command.command_id), "scope": {"kind": scope.kind.value, "ref": scope_ref(scope).hex()}} | keys.in_audit()
+        details: dict[str, Any] = {"command_id": str(command.command_id), "scope": {"kind": scope.kind.value, "ref": scope_ref(scope).hex()}}
+        details |= facts | (keys.in_audit() if keys else {})
         row = await audit.append(
             connection, writer=WRITER, at=self.clock.now(), action=action, actor=command.requested_by, tenant=scope.tenant, details=details
         )

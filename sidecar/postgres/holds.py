@@ -4,10 +4,17 @@ A hold overlaps a shred if there is data that both are about: a tenant's hold co
 a person's events lie in every stream that the person's key was used in.
 """
 
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+from uuid import UUID
+
 from sidecar.core.errors import CommandRejected
 from sidecar.core.model import Scope
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
+
+NAMED_AT_MOST: Final = 5
 
 
 # Whether the scope (kind, id) has to do with the stream s of the tenant $1.
@@ -22,7 +29,7 @@ def _touches(kind: str, scope_id: str) -> str:
 
 
 _OVERLAPPING = f"""
-  SELECT hold_id, reason FROM legal_holds h
+  SELECT * FROM legal_holds h
   WHERE h.tenant_id = $1 AND h.released_at IS NULL AND (
     'tenant' IN (h.scope_kind, $2::text) OR (h.scope_kind, h.scope_id) = ($2, $3) OR (
       h.scope_kind <> $2 AND EXISTS (SELECT FROM streams s WHERE s.tenant_id = $1
@@ -31,15 +38,100 @@ _OVERLAPPING = f"""
   ORDER BY placed_at, hold_id"""  # noqa: S608 (constants)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """As it stands in the table; `hold_id` is the id of the command that placed it."""
+
+    hold_id: UUID
+    tenant_id: str
+    scope_kind: str
+    scope_id: str
+    reason: str
+    placed_by: str
+    placed_at: datetime
+    released_at: datetime | None
+    released_by: str | None
+
+
+async def overlapping(connection: Connection, scope: Scope) -> list[Hold]:
+    """The holds in force that stand in the way of a shred of the scope, oldest first."""
+    with mapped():
+        rows = await connection.fetch(_OVERLAPPING, scope.tenant, scope.kind.value, scope.id)
+    return [Hold(**dict(row)) for row in rows]
+
+
 async def refuse_held(connection: Connection, scope: Scope) -> None:
     """Raises CommandRejected (`legal_hold`) with reasons and hold ids if any hold in force overlaps the scope.
 
     Call it in the transaction of what cannot be taken back, after `shreds.lock_tenant`: a hold is placed under the same lock, so one that
     has its receipt is seen here.
     """
-    with mapped():
-        held = await connection.fetch(_OVERLAPPING, scope.tenant, scope.kind.value, scope.id)
+    held = await overlapping(connection, scope)
     if held:
-        reasons = "; ".join(f"{row['reason']} (hold {row['hold_id']})" for row in held[:5])
-        more = f" and {len(held) - 5} more" if len(held) > 5 else ""
-        raise CommandRejected("legal_hold", f"a legal hold is in force: {reasons}{more}", holds=[str(row["hold_id"]) for row in held])
+        reasons = "; ".join(f"{hold.reason} (hold {hold.hold_id})" for hold in held[:NAMED_AT_MOST])
+        more = f" and {len(held) - NAMED_AT_MOST} more" if len(held) > NAMED_AT_MOST else ""
+        raise CommandRejected("legal_hold", f"a legal hold is in force: {reasons}{more}", holds=[str(hold.hold_id) for hold in held])
+
+
+async def refuse_gone(connection: Connection, scope: Scope) -> None:
+    """Raises CommandRejected if the scope's keys are destroyed: a receipt for a hold on them would promise what nobody can keep.
+
+    Within a shred's grace their bytes are still there, and a hold keeps them from being destroyed.
+    """
+    with mapped():
+        tenant_gone, scope_gone = await connection.fetchrow(  # type: ignore[misc]
+            """SELECT t.state <> 'active' AND NOT EXISTS (SELECT FROM quarantined_keys q WHERE q.tenant_id = $1),
+                 EXISTS (SELECT FROM erased_scopes e WHERE e.tenant_id = $1 AND e.scope_kind = $2 AND e.scope_id = $3
+                   AND e.readmitted_at IS NULL AND NOT EXISTS (SELECT FROM quarantined_keys q WHERE q.command_id = e.command_id))
+               FROM tenants t WHERE t.tenant_id = $1""",
+            scope.tenant,
+            scope.kind.value,
+            scope.id,
+        )
+    if tenant_gone:
+        raise CommandRejected("tenant_shredded", "the tenant's data is unreadable already; there is nothing to hold")
+    if scope_gone:
+        raise CommandRejected("scope_erased", "the scope's data is unreadable already; there is nothing to hold")
+
+
+async def place(connection: Connection, scope: Scope, *, hold_id: UUID, reason: str, by: str, at: datetime) -> None:
+    with mapped():
+        await connection.execute(
+            """INSERT INTO legal_holds (hold_id, tenant_id, scope_kind, scope_id, reason, placed_by, placed_at) VALUES ($1, $2, $3, $4, $5, $6, $7)""",
+            hold_id,
+            scope.tenant,
+            scope.kind.value,
+            scope.id,
+            reason,
+            by,
+            at,
+        )
+
+
+async def release(connection: Connection, scope: Scope, hold_id: UUID | None, *, by: str, at: datetime) -> list[UUID]:
+    """End the tenant's hold with this id or, without one, those on just this scope; -> the ids of those that were in force."""
+    with mapped():
+        rows = await connection.fetch(
+            """UPDATE legal_holds SET released_at = $5, released_by = $6 WHERE tenant_id = $1 AND released_at IS NULL
+                 AND CASE WHEN $4::uuid IS NULL THEN (scope_kind, scope_id) = ($2, $3) ELSE hold_id = $4 END RETURNING hold_id""",
+            scope.tenant,
+            scope.kind.value,
+            scope.id,
+            hold_id,
+            at,
+            by,
+        )
+    return [row["hold_id"] for row in rows]
+
+
+async def listed(connection: Connection, *, tenant: str | None = None, hold_id: UUID | None = None, released: bool = False) -> list[Hold]:
+    """Oldest first; with `released`, those too that are not in force any more."""
+    with mapped():
+        rows = await connection.fetch(
+            """SELECT * FROM legal_holds WHERE ($1::text IS NULL OR tenant_id = $1) AND ($2::uuid IS NULL OR hold_id = $2)
+                 AND ($3 OR released_at IS NULL) ORDER BY placed_at, hold_id""",
+            tenant,
+            hold_id,
+            released,
+        )
+    return [Hold(**dict(row)) for row in rows]

@@ -55,6 +55,10 @@ CREATE TABLE residue (                           -- where copies outlive the key
 );
 CREATE INDEX residue_pending ON residue (next_at) WHERE state = 'pending';
 
+-- ── legal holds ─────────────────────────────────────────────────────────────────────────────────────────────────────
+ALTER TABLE legal_holds ADD COLUMN released_by TEXT;
+CREATE INDEX legal_holds_in_force ON legal_holds (tenant_id) WHERE released_at IS NULL;
+
 -- ── ledger ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 CREATE TABLE ledger (                            -- the entries that this database has; those not yet published are the topic's outbox
   seq BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, entry_id UUID NOT NULL UNIQUE, command_id UUID NOT NULL, tenant_ref BYTEA NOT NULL,
