@@ -37,6 +37,7 @@ from sidecar.postgres.commands import Job, Unpublished
 from sidecar.postgres.connection import Connection, Pool, connect, open_pool, refuse_transaction_pooling, transaction
 from sidecar.postgres.guard import Backend
 from sidecar.readmission import Readmission
+from sidecar.residue import Residue
 from sidecar.rotation import Rotation
 from sidecar.sealing import Sealing
 from sidecar.settings import Settings
@@ -335,8 +336,9 @@ class ControlPlane:
         ledger = Ledger(self._pool, self._ledger_topic, self._signer, self._settings.deployment)
         steps = Steps(self._pool, self._admin, self._clock, ledger)
         notices = Notices(self._pool, self._admin, self._writer)
+        self._residue = Residue(self._settings, steps, notices)
         flows: dict[str, Flow] = {
-            "shred": Shredding(steps, notices),
+            "shred": Shredding(steps, notices, self._residue),
             "rotate": Rotation(steps),
             "hold": Holding(steps),
             "release": Releasing(steps),
@@ -380,7 +382,12 @@ class ControlPlane:
             "rotate": (self._timer_seconds, self._rotate_what_is_due),
             "seal_epochs": (self._timer_seconds, self._roll_what_is_due),
             "checkpoint": (duration_ms(self._settings.audit.checkpoint_every) / 1000, self._checkpoints.sign),
+            "residue": (POLL_SECONDS, self._look_at_residue),
         }
+
+    async def _look_at_residue(self) -> None:
+        await self._residue.work()
+        self._wake_outbox()
 
     async def _rotate_what_is_due(self) -> None:
         if await schedule_rotations(self._settings, self._pool, self._clock):

@@ -292,6 +292,14 @@ class AuditSettings(_Section):
         return value
 
 
+class BackupSettings(_Section):
+    """How many days copies are kept outside of the database; 0: none are made. What is not declared keeps a shred from being complete."""
+
+    database_days: int | None = Field(default=None, ge=0)
+    keystore_days: int | None = Field(default=None, ge=0)
+    wal_days: int | None = Field(default=None, ge=0)
+
+
 class DeadLetterSettings(_Section):
     topic: str = "sidecar.dead-letters"
 
@@ -338,6 +346,7 @@ class Settings(_Section):
     control: ControlSettings = ControlSettings()
     audit: AuditSettings = AuditSettings()
     dead_letters: DeadLetterSettings = DeadLetterSettings()
+    backups: BackupSettings = BackupSettings()
     batch: BatchSettings = BatchSettings()
     limits: LimitSettings = LimitSettings()
     http: HttpSettings = HttpSettings()

@@ -5,12 +5,12 @@ shred   → fenced        guard, source end offsets, keys gone, fence, tenant ep
         [→ noticed → cleared   with include_plain: notices first, then plain events deleted and their view records tombstoned]
         → inaccessible  the entry of the fence is on the ledger topic; then the receipt
         → done          an erased notice per view partition (a crash may repeat one, with the same ce_id)
+What outlives the keys is residue.py's, from then on.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from datetime import datetime, timedelta
 from typing import Any, Final, TypeVar
 
 from sidecar.core.command import Command, rfc3339
@@ -19,11 +19,12 @@ from sidecar.core.ledger import SourceEnd
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.kafka.admin import TopicInfo
 from sidecar.notices import Notices, plain_tombstones
-from sidecar.postgres import commands, shreds
+from sidecar.postgres import commands, residue, shreds
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, transaction
 from sidecar.postgres.holds import refuse_held
 from sidecar.preview import preview
+from sidecar.residue import Residue, on_receipt, reason
 from sidecar.steps import FINISHED, Steps, failpoint
 
 T = TypeVar("T")
@@ -37,8 +38,8 @@ OFFSETS_SECONDS: Final = 1.0
 class Shredding:
     """The flow of `shred`."""
 
-    def __init__(self, steps: Steps, notices: Notices) -> None:
-        self._steps, self._notices = steps, notices
+    def __init__(self, steps: Steps, notices: Notices, residue: Residue) -> None:
+        self._steps, self._notices, self._residue = steps, notices, residue
 
     async def step(self, job: Job, command: Command) -> Job:
         """Take the command's next step; -> where it then stands (`step` is FINISHED at the end)."""
@@ -68,7 +69,7 @@ class Shredding:
             keys = await shreds.destroy(connection, scope, command.command_id)
             await shreds.record_barriers(connection, command.command_id, scope.tenant, ends)
             await shreds.next_epoch(connection, scope.tenant, shredding=scope.kind is ScopeKind.TENANT)
-            facts: dict[str, Any] = {"keys": keys.on_receipt(), **self._steps.terminated(scope.tenant)}
+            facts: dict[str, Any] = {"keys": keys.on_receipt(), **self._steps.terminated(scope.tenant), "xid": await shreds.own_xid(connection)}
             if not keys.fingerprints and not await self._known(connection, scope):
                 facts["note"] = "nothing_found, fenced"
             facts |= await self._steps.audited(connection, command, f"{scope.kind}.shred", keys)
@@ -116,10 +117,10 @@ class Shredding:
         scope = command.scope
         await self._steps.ledger.publish()
         failpoint("shred:in ledger")
-        events, deks, residue = await asyncio.gather(
+        events, deks, planned = await asyncio.gather(
             self._bounded(lambda c: shreds.count_events(c, scope)),
             self._bounded(lambda c: shreds.count_deks(c, scope)) if scope.kind is ScopeKind.TENANT else _nothing(),
-            self._residue(),
+            self._residue.plan(job, command),
         )
         counted: dict[str, Any] = {"unreadable": None, "plain_remaining": None, "counting": True}
         if events is not None:
@@ -130,29 +131,19 @@ class Shredding:
             command,
             "inaccessible",
             inaccessible_at=facts["inaccessible_at"],
-            irrecoverable_reason="next seal epoch",
+            irrecoverable_reason=reason(planned) if planned else None,
             keys=facts["keys"] | ({"deks_below": deks} if scope.kind is ScopeKind.TENANT else {}),
             events=counted | ({"plain_deleted": facts["plain_deleted"]} if "plain_deleted" in facts else {}),
             barrier=facts["barrier"],
             instances=facts["instances"],
-            residue=residue,
+            residue=on_receipt(planned),
             audit=facts["audit"],
         )
-        already_noticed = command.include_plain
         async with transaction(self._steps.pool) as connection:
             if scope.kind is ScopeKind.TENANT:
                 await shreds.mark_shredded(connection, scope.tenant)
-            step = FINISHED if already_noticed else "inaccessible"
-            return await commands.advance(connection, job, step, receipt=body, finished=already_noticed)
-
-    async def _residue(self) -> list[dict[str, Any]]:
-        """Where copies outlive the keys, and until when by the topics' own retention; null: no end is configured."""
-        async with transaction(self._steps.pool) as connection:
-            topics = {topic for _, topic, _ in await shreds.source_topics(connection)} | {view.topic for view in await shreds.views(connection)}
-        present = sorted(await asyncio.to_thread(self._steps.admin.describe, topics))
-        configs = await asyncio.gather(*(asyncio.to_thread(self._steps.admin.topic_config, topic) for topic in present))
-        now = self._steps.clock.now()
-        return [{"where": f"topic {topic}", "until": _retained_until(config, now)} for topic, config in zip(present, configs, strict=True)]
+            await residue.insert(connection, job.command_id, planned, self._steps.clock.now())
+            return await commands.advance(connection, job, "inaccessible", receipt=body)
 
     async def _bounded(self, query: Callable[[Connection], Awaitable[T]]) -> T | None:
         """The answer of an exact count if it comes soon; None else. The receipt does not wait for it."""
@@ -166,13 +157,16 @@ class Shredding:
     # views
 
     async def _notice(self, job: Job, command: Command) -> Job:
-        views = await self._notices.affected(command.scope)
-        await self._notices.give_notice(job.command_id, command.scope, job.facts["inaccessible_at"], views)
-        failpoint("shred:noticed")
+        if job.step == "barred" or not command.include_plain:
+            views = await self._notices.affected(command.scope)
+            await self._notices.give_notice(job.command_id, command.scope, job.facts["inaccessible_at"], views)
+            failpoint("shred:noticed")
         async with transaction(self._steps.pool) as connection:
             if job.step == "barred":
                 return await commands.advance(connection, job, "noticed")
-            return await commands.advance(connection, job, FINISHED, finished=True)
+            done = await commands.advance(connection, job, FINISHED, finished=True)
+            await self._residue.complete(connection, command)
+            return done
 
     async def _clear_plain(self, job: Job, command: Command) -> Job:
         """Tombstones first durable in Kafka, then the deletion commits: a crash repeats the chunk, never forgets it."""
@@ -201,13 +195,3 @@ def _in_ledger(sources: list[tuple[int, str, str]], ends: dict[int, dict[int, in
 
 async def _nothing() -> None:
     return None
-
-
-def _retained_until(config: dict[str, str], now: datetime) -> str | None:
-    limit = int(config.get("retention.ms", "-1"))
-    if limit < 0 or "delete" not in config.get("cleanup.policy", "delete"):
-        return None
-    try:
-        return rfc3339(now + timedelta(milliseconds=limit))
-    except OverflowError:
-        return None

@@ -18,7 +18,7 @@ from sidecar.postgres import commands
 from sidecar.postgres.connection import connected
 
 VALID_FOR = timedelta(days=1)
-_FINAL = {"rotate": ("done", "rejected", "failed"), "shred": ("inaccessible", "done", "rejected", "failed")}
+_FINAL = {"rotate": ("done", "rejected", "failed"), "shred": ("inaccessible", "complete", "done", "rejected", "failed")}
 _NOT_ALLOWED = ("unsigned", "bad_signature", "unknown_issuer", "not_permitted", "approvals_missing", "legal_hold")
 
 Tenant = Annotated[str, typer.Option(help="Whose data.")]

@@ -6,8 +6,9 @@ from uuid import UUID
 import typer
 
 from sidecar.cli.context import Exit, cli, fail, run_async
-from sidecar.postgres import commands
+from sidecar.postgres import commands, residue
 from sidecar.postgres.connection import connected
+from sidecar.residue import live
 
 app = typer.Typer(help="What became of commands.", no_args_is_help=True)
 
@@ -36,13 +37,16 @@ def list_(context: typer.Context, command: Annotated[str | None, typer.Option(he
 
 @app.command()
 def get(context: typer.Context, identity: Annotated[str, typer.Argument(metavar="ID", help="A receipt's id, or a command's.")]) -> None:
-    """One receipt; for a command its newest."""
+    """One receipt; for a command its newest, with a shred's residue as it stands now."""
     settings = cli(context).settings
     wanted = as_id(identity)
 
     async def read() -> dict[str, Any] | None:
         async with connected(settings.postgres.for_role("reader")) as connection:
-            return await commands.receipt(connection, wanted)
+            found = await commands.receipt(connection, wanted)
+            if found is None or found["command_id"] != str(wanted) or found["status"] != "inaccessible":
+                return found
+            return live(found, await residue.of_command(connection, wanted))
 
     found = run_async(read())
     if found is None:

@@ -31,7 +31,7 @@ OPS: tuple[str, ...] = get_args(Op)
 MAX_TEXT = 1000
 MAX_GRACE_MS = 30 * 86_400_000
 
-Status = Literal["rejected", "accepted", "done", "inaccessible", "failed"]
+Status = Literal["rejected", "accepted", "done", "inaccessible", "complete", "failed"]
 
 
 class _Strict(BaseModel):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Producer, TopicCollection, TopicPartition
+from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, KafkaError, KafkaException, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
 
 from sidecar.core.errors import BrokerUnavailable
@@ -102,6 +102,18 @@ class Admin:
             for future in self._client.delete_records(wanted, request_timeout=TIMEOUT_SECONDS).values():
                 with mapped():
                     future.result()
+
+    def groups_of(self, topic: str) -> dict[str, dict[str, int]]:
+        """Consumer groups that have committed offsets on the topic: group → partition → offset. A question per group of the cluster."""
+        with mapped():
+            listed = self._client.list_consumer_groups(request_timeout=TIMEOUT_SECONDS).result()
+            out: dict[str, dict[str, int]] = {}
+            for group in sorted({entry.group_id for entry in listed.valid}):
+                asked = self._client.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)], request_timeout=TIMEOUT_SECONDS)[group]
+                at = {str(tp.partition): tp.offset for tp in asked.result().topic_partitions or () if tp.topic == topic and tp.offset >= 0}
+                if at:
+                    out[group] = at
+        return out
 
     def fence(self, transactional_id: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         """Void whatever the producers with this id have open: what they send from now on is refused by the broker."""

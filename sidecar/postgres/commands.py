@@ -156,6 +156,13 @@ async def advance(
     )
 
 
+async def complete(connection: Connection, command_id: UUID, body: dict[str, Any]) -> None:
+    """The last receipt of a shred that was carried out long ago; once."""
+    with mapped():
+        await connection.execute("UPDATE commands SET receipt = $2, status = $2::jsonb ->> 'status' WHERE command_id = $1", command_id, body)
+    await add_receipt(connection, body)
+
+
 async def tenants_waiting(connection: Connection) -> list[str]:
     """Tenants with commands to carry out, longest waiting first."""
     with mapped():
@@ -228,6 +235,15 @@ async def receipt(connection: Connection, identity: UUID) -> dict[str, Any] | No
         if newest is None:  # refused before it became a command
             newest = await connection.fetchval("SELECT body FROM receipts WHERE command_id = $1 ORDER BY created_at DESC LIMIT 1", identity)
     return newest
+
+
+async def receipt_with(connection: Connection, command_id: UUID, status: str) -> dict[str, Any] | None:
+    """The command's receipt of that status."""
+    with mapped():
+        body: dict[str, Any] | None = await connection.fetchval(
+            "SELECT body FROM receipts WHERE command_id = $1 AND status = $2 AND body ->> 'receipt_id' = receipt_id::text", command_id, status
+        )
+    return body
 
 
 async def rotations_due(connection: Connection, now: datetime, limit: int = 500) -> list[tuple[str, str, datetime]]:

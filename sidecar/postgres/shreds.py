@@ -61,6 +61,12 @@ async def lock_tenant(connection: Connection, tenant: str) -> Tenant:
     return Tenant(state=row["state"], generation=row["generation"], epoch=row["epoch"])
 
 
+async def own_xid(connection: Connection) -> int:
+    """Of this transaction: who sees the rows as they were before it holds their old versions back."""
+    with mapped():
+        return int(await connection.fetchval("SELECT pg_current_xact_id()::text"))
+
+
 async def next_epoch(connection: Connection, tenant: str, *, shredding: bool) -> None:
     """No batch that was sealed under the epoch before is stored any more."""
     with mapped():
@@ -219,6 +225,16 @@ async def record_barriers(connection: Connection, command_id: UUID, tenant: str,
             [partition for _, partition, _ in flat],
             [offset for _, _, offset in flat],
         )
+
+
+async def source_ends(connection: Connection, command_id: UUID) -> dict[int, dict[int, int]]:
+    """As `record_barriers` put them."""
+    with mapped():
+        rows = await connection.fetch("SELECT source_id, partition, end_offset FROM shred_barriers WHERE command_id = $1", command_id)
+    out: dict[int, dict[int, int]] = {}
+    for row in rows:
+        out.setdefault(row["source_id"], {})[row["partition"]] = row["end_offset"]
+    return out
 
 
 async def source_topics(connection: Connection) -> list[tuple[int, str, str]]:

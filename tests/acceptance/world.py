@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import asyncpg
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, ConsumerGroupTopicPartitions, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from sidecar.core.model import Erased, Event, Scope
@@ -220,7 +220,7 @@ class World:
         found: list[Any] = []
         try:
             left = set(consumer.list_topics(topic, timeout=10).topics[topic].partitions)
-            consumer.assign([TopicPartition(topic, p, 0) for p in left])
+            consumer.assign([TopicPartition(topic, p, OFFSET_BEGINNING) for p in left])  # 0 may be deleted
             while left:
                 for message in consumer.consume(1000, 0.05):
                     error = message.error()

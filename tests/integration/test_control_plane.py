@@ -30,7 +30,7 @@ from sidecar.steps import FINISHED, SystemClock
 from sidecar.testing import control_plane as kit
 from sidecar.testing.local_stack import LocalStack
 
-FINAL = ("done", "inaccessible", "rejected", "failed")
+FINAL = ("done", "inaccessible", "complete", "rejected", "failed")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,278 @@
+"""Residue on record: where copies outlive a shred's keys, one row each; and what the jobs ask of the database itself.
+
+In the caller's transaction, but for `vacuum`, which can be in none.
+"""
+
+# ruff: noqa: S608 (statements are put together from constants; what comes from outside is a parameter)
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from sidecar.core.command import Command, rfc3339, stored
+from sidecar.core.model import Scope, ScopeKind
+from sidecar.postgres.connection import Connection, Pool
+from sidecar.postgres.errors import mapped
+from sidecar.postgres.shreds import messages_of
+
+KEY_TABLES: Final = ("tenant_keys", "encryption_keys", "quarantined_keys")
+REWRITE_BELOW_BYTES: Final = 64 * 2**20
+"""VACUUM leaves a dead row's bytes in the unused space of its page (measured: 37 of 50). A table up to this size is rewritten instead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A job to come. `until`: when it ends by itself, as far as that is known."""
+
+    kind: str
+    place: str
+    until: datetime | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A row of `residue`, with the command that it comes from and what its steps found out."""
+
+    command_id: UUID
+    kind: str
+    place: str
+    until: datetime | None
+    details: dict[str, Any]
+    attempts: int
+    created_at: datetime
+    command: Command
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What a look at a place found. `again`: seconds until the next one; None: nothing is left there."""
+
+    again: float | None
+    until: datetime | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+async def insert(connection: Connection, command_id: UUID, planned: Iterable[Planned], now: datetime) -> None:
+    with mapped():
+        await connection.executemany(
+            """INSERT INTO residue (command_id, kind, place, until, details, next_at, created_at) VALUES ($1,$2,$3,$4,$5,$6,$6)
+               ON CONFLICT DO NOTHING""",
+            [(command_id, p.kind, p.place, p.until, p.details, now) for p in planned],
+        )
+
+
+async def due(connection: Connection, now: datetime, limit: int = 100) -> list[Entry]:
+    """Of commands that are carried out: the notice stands before the tombstones."""
+    with mapped():
+        rows = await connection.fetch(
+            """SELECT r.*, c.payload, c.result FROM residue r JOIN commands c USING (command_id)
+               WHERE r.state = 'pending' AND r.next_at <= $1 AND c.finished_at IS NOT NULL ORDER BY r.next_at LIMIT $2""",
+            now,
+            limit,
+        )
+    names = ("command_id", "kind", "place", "until", "details", "attempts", "created_at")
+    return [Entry(**{n: row[n] for n in names}, command=stored(row["payload"]), facts=row["result"] or {}) for row in rows]
+
+
+async def record(connection: Connection, entry: Entry, look: Look, now: datetime, next_at: datetime | None) -> None:
+    """`next_at` None: it is done. A row that was taken back meanwhile (a restore within the grace) stays away."""
+    with mapped():
+        await connection.execute(
+            """UPDATE residue SET state = CASE WHEN $6::timestamptz IS NULL THEN 'done' ELSE 'pending' END, until = $4, details = $5,
+                 attempts = attempts + 1, next_at = coalesce($6, next_at), done_at = CASE WHEN $6::timestamptz IS NULL THEN $7::timestamptz END
+               WHERE command_id = $1 AND kind = $2 AND place = $3 AND state = 'pending'""",
+            entry.command_id,
+            entry.kind,
+            entry.place,
+            look.until,
+            look.details,
+            next_at,
+            now,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """A row as people see it."""
+
+    kind: str
+    place: str
+    state: str
+    until: datetime | None
+    details: dict[str, Any]
+    done_at: datetime | None
+
+    def on_receipt(self) -> dict[str, Any]:
+        where = {"view": f"topic {self.place}", "source": f"topic {self.place}", "consumers": f"readers of topic {self.place}"}
+        out: dict[str, Any] = {"where": where.get(self.kind, self.place), "until": self.until and rfc3339(self.until)}
+        out |= {"kind": self.kind, "state": self.state, "done_at": self.done_at and rfc3339(self.done_at)}
+        return out | {"details": {name: value for name, value in self.details.items() if name != "progress"}}
+
+
+async def of_command(connection: Connection, command_id: UUID) -> list[Shown]:
+    with mapped():
+        rows = await connection.fetch(
+            "SELECT kind, place, state, until, details, done_at FROM residue WHERE command_id = $1 ORDER BY kind, place", command_id
+        )
+    return [Shown(**dict(row)) for row in rows]
+
+
+async def done_at(connection: Connection, command_id: UUID, kind: str) -> datetime | None:
+    """When the last of that kind was done; None while one is pending."""
+    with mapped():
+        found: datetime | None = await connection.fetchval(
+            "SELECT CASE WHEN bool_and(state = 'done') THEN max(done_at) END FROM residue WHERE command_id = $1 AND kind = $2", command_id, kind
+        )
+    return found
+
+
+# ── what a view can hold of a scope ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def sealed_events(connection: Connection, scope: Scope, after: tuple[str, int], limit: int) -> list[tuple[str, int]]:
+    """The scope's encrypted events behind (stream, position), in that order."""
+    with mapped():
+        rows = await connection.fetch(
+            f"""SELECT m.stream_id, m.stream_position FROM messages m
+                WHERE {messages_of(scope)} AND m.data_encrypted IS NOT NULL AND (m.stream_id, m.stream_position) > ($3, $4)
+                ORDER BY m.stream_id, m.stream_position LIMIT $5""",
+            scope.tenant,
+            scope.id,
+            *after,
+            limit,
+        )
+    return [(row["stream_id"], row["stream_position"]) for row in rows]
+
+
+async def sealed_streams(connection: Connection, scope: Scope, after: str, limit: int) -> list[str]:
+    """The encrypted streams that are the scope's as a whole, behind `after`. A person's are none: others' events lie in them too."""
+    of = {ScopeKind.TENANT: "$2::text IS NOT NULL", ScopeKind.STREAM: "stream_id = $2", ScopeKind.CLASS: "stream_type_class = $2"}
+    if scope.kind not in of:
+        return []
+    with mapped():
+        rows = await connection.fetch(
+            f"SELECT stream_id FROM streams WHERE tenant_id = $1 AND {of[scope.kind]} AND is_encrypted AND stream_id > $3 ORDER BY stream_id LIMIT $4",
+            scope.tenant,
+            scope.id,
+            after,
+            limit,
+        )
+    return [row["stream_id"] for row in rows]
+
+
+async def encrypted_from(connection: Connection, tenant: str, streams: list[str]) -> dict[str, int]:
+    """Stream → the position from which its events are encrypted; plain streams are left out."""
+    with mapped():
+        rows = await connection.fetch(
+            """SELECT stream_id, coalesce(encrypted_from_position, 1) AS first FROM streams
+               WHERE tenant_id = $1 AND is_encrypted AND stream_id = ANY ($2)""",
+            tenant,
+            streams,
+        )
+    return {row["stream_id"]: row["first"] for row in rows}
+
+
+# ── the database's own copies ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def old_snapshots(connection: Connection, xid: int) -> list[str]:
+    """Who can still see rows as they were before that transaction: sessions, replication slots, prepared transactions."""
+    with mapped():
+        rows = await connection.fetch(
+            """
+            WITH mark AS (SELECT age($1::text::xid8::xid) AS age)
+            SELECT 'session ' || pid || coalesce(' (' || nullif(application_name, '') || ')', '') AS who FROM pg_stat_activity, mark
+              WHERE (datname = current_database() OR datname IS NULL) AND pid <> pg_backend_pid() AND age(backend_xmin) >= mark.age
+            UNION ALL SELECT 'replication slot ' || slot_name FROM pg_replication_slots, mark WHERE age(xmin) >= mark.age OR age(catalog_xmin) >= mark.age
+            UNION ALL SELECT 'prepared transaction ' || gid FROM pg_prepared_xacts, mark WHERE database = current_database() AND age(transaction) >= mark.age
+            ORDER BY who""",
+            str(xid),
+        )
+    return [row["who"] for row in rows]
+
+
+async def vacuum(pool: Pool, since: datetime) -> dict[str, str]:
+    """Rid the key tables of dead rows; -> table → rewritten, vacuumed, autovacuumed (since then), or what stands in the way.
+
+    Raises Conflict where a lock does not come within a second: nobody is made to wait longer for us.
+    """
+    out: dict[str, str] = {}
+    with mapped():
+        async with pool.acquire() as connection:
+            await connection.execute("SET lock_timeout = '1s'")
+            try:
+                for table in KEY_TABLES:
+                    size, allowed, auto = await connection.fetchrow(_TABLE, table, since)  # type: ignore[misc]
+                    if not allowed:
+                        out[table] = (
+                            "autovacuumed" if auto else "the control role may not VACUUM it: own the table or GRANT MAINTAIN; autovacuum will"
+                        )
+                        continue
+                    rewrite = size <= REWRITE_BELOW_BYTES
+                    await connection.execute(f"VACUUM {'(FULL)' if rewrite else ''} {table}")
+                    out[table] = "rewritten" if rewrite else "vacuumed; unused space of its pages is overwritten only as it is used again"
+            finally:
+                await connection.execute("RESET lock_timeout")
+    return out
+
+
+# Who is a member of the owner may vacuum, from Postgres 17 on also who has MAINTAIN (which older ones do not know as a privilege).
+_TABLE = """
+SELECT pg_total_relation_size(c.oid), pg_has_role(c.relowner, 'USAGE')
+    OR EXISTS (SELECT FROM aclexplode(c.relacl) a WHERE a.privilege_type = 'MAINTAIN' AND (a.grantee = 0 OR pg_has_role(a.grantee, 'USAGE'))),
+  (SELECT greatest(last_vacuum, last_autovacuum) > $2 FROM pg_stat_all_tables s WHERE s.relid = c.oid)
+FROM pg_class c WHERE c.oid = $1::text::regclass"""
+
+
+async def wal_position(connection: Connection) -> str:
+    with mapped():
+        return str(await connection.fetchval("SELECT pg_current_wal_insert_lsn()::text"))
+
+
+async def wal_behind(connection: Connection, lsn: str) -> tuple[int, list[str]]:
+    """-> WAL files that hold anything up to that position, and the replication slots that keep them. Needs pg_monitor, else AccessDenied."""
+    with mapped():
+        files = await connection.fetchval(
+            r"""SELECT count(*) FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{24}$' AND substr(name, 9) <= substr(pg_walfile_name($1::text::pg_lsn), 9)""",
+            lsn,
+        )
+        slots = await connection.fetch("SELECT slot_name FROM pg_replication_slots WHERE restart_lsn <= $1::text::pg_lsn ORDER BY slot_name", lsn)
+    return int(files), [row["slot_name"] for row in slots]
+
+
+async def seal_epochs(connection: Connection, tenant: str) -> list[tuple[str, str]]:
+    """-> (kms_uri, version) of what may wrap a copy of the tenant's keys: what its rows name, and what was rolled and not yet destroyed."""
+    with mapped():
+        rows = await connection.fetch(
+            """WITH own AS (SELECT kms_uri, kms_key_version FROM tenant_keys WHERE tenant_id = $1)
+               SELECT o.kms_uri, o.kms_key_version FROM own o LEFT JOIN seal_epochs e USING (kms_uri, kms_key_version)
+                 WHERE e.state IS DISTINCT FROM 'destroyed'
+               UNION SELECT e.kms_uri, e.kms_key_version FROM seal_epochs e
+                 WHERE e.state IN ('retiring', 'retired', 'destroying') AND coalesce(e.tenant_id, $1) = $1
+                   AND e.kms_uri IN (SELECT kms_uri FROM own)
+               ORDER BY 1, 2""",
+            tenant,
+        )
+    return [(row["kms_uri"], row["kms_key_version"]) for row in rows]
+
+
+async def living_keks(connection: Connection, tenant: str) -> list[list[int]]:
+    """[generation, version] of tenant keys that can be unwrapped: they open copies of the keys below them, whatever the seal epoch."""
+    with mapped():
+        rows = await connection.fetch(
+            "SELECT generation, kek_version FROM tenant_keys WHERE tenant_id = $1 AND wrapped IS NOT NULL ORDER BY 1, 2", tenant
+        )
+    return [list(row) for row in rows]
+
+
+async def seal_epoch(connection: Connection, kms_uri: str, version: str) -> tuple[str, datetime | None]:
+    """-> state, and from when on it is destroyed for good where that is known. One that is not on record is in use."""
+    with mapped():
+        row = await connection.fetchrow(
+            "SELECT state, irrecoverable_at FROM seal_epochs WHERE kms_uri = $1 AND kms_key_version = $2", kms_uri, version
+        )
+    return ("active", None) if row is None else (row["state"], row["irrecoverable_at"])

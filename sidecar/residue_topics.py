@@ -1,0 +1,218 @@
+"""Residue in Kafka: decrypted records in views, plaintext in source topics, and the consumers that have read a view.
+
+A topic is clean when its log starts at or beyond the shred's end offsets, when a scan finds no payload of the scope below them,
+or when the topic is gone. Compaction cannot be forced: a topic's last segment is not compacted, and a segment ends only as something
+is written after `segment.ms`. So the job writes tombstones, and later its notice again, until nothing is left.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sidecar.core.model import Scope, ScopeKind
+from sidecar.core.view import view_partition
+from sidecar.kafka import scan
+from sidecar.kafka.admin import Admin, TopicInfo
+from sidecar.kafka.receipts import ViewRecord
+from sidecar.notices import Notices, notice, tombstone
+from sidecar.ports import Clock
+from sidecar.postgres import residue, shreds
+from sidecar.postgres.connection import Pool, transaction
+from sidecar.postgres.residue import Entry, Look
+from sidecar.postgres.shreds import View
+from sidecar.settings import Settings
+from sidecar.steps import failpoint
+
+CHUNK: Final = 5000
+CHUNKS_AT_A_TIME: Final = 20
+LOOK_SECONDS: Final = (1.0, 3600.0)
+GONE: Final = "the topic was deleted"
+
+
+class ViewRecords:
+    """Kind `view`: tombstones by the view's keys, or where a view is this tenant's alone and all of it is shredded, its records deleted."""
+
+    def __init__(self, settings: Settings, pool: Pool, admin: Admin, notices: Notices, clock: Clock) -> None:
+        self._settings, self._pool, self._admin, self._notices, self._clock = settings, pool, admin, notices, clock
+
+    async def act(self, entry: Entry) -> Look:
+        found = (await asyncio.to_thread(self._admin.describe, [entry.place])).get(entry.place)
+        if found is None or found.topic_id != entry.details["topic_id"]:
+            return Look(again=None, details=entry.details | {"removed": GONE})
+        view = await self._view(entry)
+        scope = entry.command.scope
+        if entry.details["method"] == "delete_records":
+            below = {(entry.place, int(partition)): offset for partition, offset in entry.details["barrier"].items()}
+            await asyncio.to_thread(self._admin.delete_records, below)
+        elif entry.details["method"] == "tombstones" and "tombstones" not in entry.details:
+            entry = await self._write_tombstones(entry, view)
+            failpoint("residue:tombstones")
+            if "tombstones" not in entry.details:
+                return Look(again=0.0, until=entry.until, details=entry.details)
+        left = await self._left(entry, found, scope)
+        details = entry.details | {"remaining": sum(left.values())}
+        if not details["remaining"]:
+            return Look(again=None, details=details | {"removed": "no record of the scope stands below the barrier"})
+        config = await asyncio.to_thread(self._admin.topic_config, entry.place)
+        lag = min(_ms(config, "segment.ms"), _ms(config, "max.compaction.lag.ms")) / 1000
+        now = self._clock.now()
+        if entry.details["method"] == "tombstones" and now.timestamp() - details["progress"].get("rolled_at", 0) > lag:
+            # Something written behind the last segment's time ends it; only then is it compacted.
+            records = [notice(entry.command_id, scope, entry.facts["inaccessible_at"], view, int(p)) for p, n in left.items() if n]
+            await self._notices.write(records)
+            details |= {"progress": details["progress"] | {"rolled_at": now.timestamp()}}
+        return Look(again=min(max(lag / 4, LOOK_SECONDS[0]), LOOK_SECONDS[1]), until=entry.until, details=details)
+
+    async def _view(self, entry: Entry) -> View:
+        async with transaction(self._pool) as connection:
+            return next(view for view in await shreds.views(connection) if view.topic == entry.place)
+
+    async def _write_tombstones(self, entry: Entry, view: View) -> Entry:
+        """Some of them; behind the last one `details.tombstones` says how many they are."""
+        scope, progress = entry.command.scope, dict(entry.details.get("progress") or {"after": ["", 0], "written": 0})
+        for _ in range(CHUNKS_AT_A_TIME):
+            records, last = await self._next_tombstones(scope, view, progress["after"])
+            await self._notices.write(records)
+            progress = {"after": last or progress["after"], "written": progress["written"] + len(records)}
+            if last is None:
+                now = self._clock.now().timestamp()
+                return replace(entry, details=entry.details | {"tombstones": progress["written"], "progress": {"rolled_at": now}})
+        return replace(entry, details=entry.details | {"progress": progress})
+
+    async def _next_tombstones(self, scope: Scope, view: View, after: list[Any]) -> tuple[list[ViewRecord], list[Any] | None]:
+        """-> tombstones, and behind which (stream, position) the next are; None: these were the last."""
+        async with transaction(self._pool) as connection:
+            if view.key_mode == "stream":
+                streams = await residue.sealed_streams(connection, scope, after[0], CHUNK)
+                events = [(stream, 0) for stream in streams]
+            else:
+                events = await residue.sealed_events(connection, scope, (after[0], after[1]), CHUNK)
+        found = [tombstone(scope.tenant, stream, position, view) for stream, position in events]
+        return [record for record in found if record is not None], list(events[-1]) if len(events) == CHUNK else None
+
+    async def _left(self, entry: Entry, info: TopicInfo, scope: Scope) -> dict[int, int]:
+        """Partition → payload records of the scope's encrypted events below the barrier; partitions without any are left out."""
+        barrier = {int(partition): offset for partition, offset in entry.details["barrier"].items()}
+        starts = (await asyncio.to_thread(self._admin.offsets, {entry.place: info.partitions}, end=False))[entry.place]
+        if scope.kind is ScopeKind.STREAM:
+            barrier = {p: offset for p, offset in barrier.items() if p == view_partition(f"{scope.tenant}/{scope.id}", info.partitions)}
+        span = {p: (starts.get(p, 0), offset) for p, offset in barrier.items() if starts.get(p, 0) < offset}
+        wanted = await self._persons_events(scope) if scope.kind is ScopeKind.SUBJECT else None
+        seen = await asyncio.to_thread(scan.payloads, self._settings, entry.place, span, _belongs(scope, wanted))
+        async with transaction(self._pool) as connection:
+            first = await residue.encrypted_from(connection, scope.tenant, list({stream for _, stream in seen}))
+        left: dict[int, int] = {}
+        for (partition, stream), (count, newest) in seen.items():
+            if stream in first and newest >= first[stream]:  # a tenant's plain events are not its encrypted ones, and stay
+                left[partition] = left.get(partition, 0) + count
+        return left
+
+    async def _persons_events(self, scope: Scope) -> set[tuple[str, int]]:
+        """A person's events lie in streams of others: told by place."""
+        out: set[tuple[str, int]] = set()
+        after = ("", 0)
+        while True:
+            async with transaction(self._pool) as connection:
+                events = await residue.sealed_events(connection, scope, after, CHUNK)
+            out.update(events)
+            if len(events) < CHUNK:
+                return out
+            after = events[-1]
+
+
+def _belongs(scope: Scope, events: set[tuple[str, int]] | None) -> scan.Belongs:
+    def belongs(tenant: str, stream: str, stream_class: str, position: int) -> bool:
+        if tenant != scope.tenant:
+            return False
+        if events is not None:
+            return (stream, position) in events
+        return scope.kind is ScopeKind.TENANT or scope.id == (stream if scope.kind is ScopeKind.STREAM else stream_class)
+
+    return belongs
+
+
+def plan_view(view: View, info: TopicInfo, config: dict[str, str], barrier: dict[str, int], scope: Scope, now: datetime) -> residue.Planned:
+    """How a view is rid of the scope, and by when."""
+    retained = retained_until(config, now)
+    until: datetime | None = now
+    if scope.kind is ScopeKind.TENANT and view.tenants == [scope.tenant] and not set(scope.tenant) & set("*?["):
+        method = "delete_records"
+    elif view.key_mode == "source" or (view.key_mode == "stream" and scope.kind is ScopeKind.SUBJECT):
+        method, until = "retention", retained  # the key is sealed with the event, or is others' too
+    else:
+        # its segment has to end, the tombstones' one too; then compaction is due
+        compacted = now + timedelta(milliseconds=2 * min(_ms(config, "segment.ms"), _ms(config, "max.compaction.lag.ms")))
+        method, until = "tombstones", min(compacted, retained or compacted)
+    return residue.Planned(
+        kind="view", place=view.topic, until=until, details={"method": method, "topic_id": info.topic_id, "barrier": barrier, "key": view.key_mode}
+    )
+
+
+class SourceRecords:
+    """Kind `source`: ends by `purge`, by the topic's retention, or by the hand of whoever owns it."""
+
+    def __init__(self, admin: Admin) -> None:
+        self._admin = admin
+
+    async def act(self, entry: Entry) -> Look:
+        found = (await asyncio.to_thread(self._admin.describe, [entry.place])).get(entry.place)
+        if found is None or found.topic_id != entry.details["topic_id"]:
+            return Look(again=None, details=entry.details | {"removed": GONE})
+        starts = (await asyncio.to_thread(self._admin.offsets, {entry.place: found.partitions}, end=False))[entry.place]
+        ends: dict[str, int] = entry.details["ends"]
+        left = sum(max(0, end - starts.get(int(partition), 0)) for partition, end in ends.items())
+        details = entry.details | {"offsets_left": left}
+        if not left:
+            return Look(again=None, details=details)
+        config = await asyncio.to_thread(self._admin.topic_config, entry.place)
+        return Look(again=_patience(entry.attempts), until=retained_until(config, entry.created_at), details=details)
+
+
+def plan_source(settings: Settings, topic: str, info: TopicInfo, config: dict[str, str], ends: dict[int, int], now: datetime) -> residue.Planned:
+    purged = any(source.purge == "after_projection" for source in settings.sources if source.topic == topic)
+    details: dict[str, Any] = {"topic_id": info.topic_id, "ends": {str(p): end for p, end in sorted(ends.items())}}
+    until = retained_until(config, now)
+    if purged:
+        details["ends_by"] = "purge: after_projection"
+    else:
+        details["ends_by"] = "retention" if until else "nothing: its retention has no end; delete its records yourself"
+    return residue.Planned(kind="source", place=topic, until=until, details=details)
+
+
+class Readers:
+    """Kind `consumers`: groups that committed offsets on the view. Whether they deleted what they had is for their owners to say."""
+
+    def __init__(self, settings: Settings, admin: Admin) -> None:
+        self._settings, self._admin = settings, admin
+
+    async def act(self, entry: Entry) -> Look:
+        groups = await asyncio.to_thread(self._admin.groups_of, entry.place)
+        named = [{"group": group, "committed": at} for group, at in sorted(groups.items()) if group != self._settings.group_id]
+        note = "tell their owners; who reads without committing is not listed"
+        return Look(again=None, details={"groups": named, "told": False, "note": note})
+
+
+def plan_readers(views: Iterable[View]) -> list[residue.Planned]:
+    return [residue.Planned(kind="consumers", place=view.topic) for view in views]
+
+
+def retained_until(config: dict[str, str], now: datetime) -> datetime | None:
+    """The end of what was written by now, by the topic's own retention; None: none is configured."""
+    limit = int(config.get("retention.ms", "-1"))
+    if limit < 0 or "delete" not in config.get("cleanup.policy", "delete"):
+        return None
+    try:
+        return now + timedelta(milliseconds=limit)
+    except OverflowError:
+        return None
+
+
+def _ms(config: dict[str, str], name: str) -> int:
+    """Bounded, so that it fits a date: what Kafka takes for endless is a hundred years."""
+    return min(int(config.get(name) or 604_800_000), 3_155_760_000_000)
+
+
+def _patience(attempts: int) -> float:
+    return min(LOOK_SECONDS[0] * 1.5 ** min(attempts, 20), 300.0)

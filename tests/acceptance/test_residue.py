@@ -1,0 +1,269 @@
+"""Promise: what a shred leaves elsewhere is named on its receipt, watched to its end, and the receipt `complete` comes only then."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+
+from sidecar.core.model import Scope, ScopeKind
+from sidecar.kafka.client import client_config
+from sidecar.settings import load
+from tests.acceptance.world import World, until
+
+ACME = Scope.of_tenant("acme")
+NO_BACKUPS = {"database_days": 0, "keystore_days": 0, "wal_days": 0}
+PATIENCE = 60
+
+
+def view_of(name: str, **changes: Any) -> dict[str, Any]:
+    """A view that is compacted as soon as the broker may."""
+    return {"name": "all", "topic": f"{name}.view", "partitions": 3, "erase_within": "1s"} | changes
+
+
+def residue_of(world: World, command_id: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """(kind, place) → the row."""
+    rows = world.sql("SELECT kind, place, state, until, details FROM residue WHERE command_id = $1::text::uuid", command_id)
+    return {(r["kind"], r["place"]): dict(r) | {"details": r["details"]} for r in rows}
+
+
+def done(world: World, receipt: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The details of the command's rows of that kind, once all are done: the newest."""
+
+    def looked() -> list[dict[str, Any]] | None:
+        rows = [row for (of, _), row in residue_of(world, receipt["command_id"]).items() if of == kind]
+        return rows if rows and all(row["state"] == "done" for row in rows) else None
+
+    try:
+        return until(looked, f"residue {kind} to end", PATIENCE)[-1]["details"]  # type: ignore[index]
+    except AssertionError as error:
+        logs = "\n".join(plane.text()[-1500:] for plane in world.planes)
+        raise AssertionError(f"{error}; it stands at {residue_of(world, receipt['command_id'])}\n{logs}") from None
+
+
+def payloads(world: World, topic: str, tenant: str) -> int:
+    return sum(
+        1 for m in world.records(topic) if m.value() and dict(m.headers()).get("ce_streamid") and dict(m.headers())["ce_tenantid"] == tenant.encode()
+    )
+
+
+def fill(world: World, streams: tuple[str, ...] = ("aes-1", "aes-2", "class-1", "cart-1")) -> None:
+    for n in range(20):
+        for tenant in ("acme", "globex"):
+            for stream in streams:
+                world.event(world.topic("in"), b"v%d" % n, tenant=tenant, stream=stream)
+    world.settle()
+
+
+def recycle_wal(world: World) -> None:
+    for _ in range(2):
+        world.sql("SELECT pg_switch_wal()")
+        world.sql("CREATE TABLE IF NOT EXISTS noise (n int)")
+        world.sql("INSERT INTO noise VALUES (1)")
+    world.sql("CHECKPOINT")
+
+
+def test_every_kind_of_residue_is_watched_to_its_end_and_complete_comes_after_the_last(make_world: Callable[..., World]) -> None:
+    world = make_world(backups=NO_BACKUPS)
+    world = reconfigured(world, views=[view_of(world.name)], sources=[{"topic": f"{world.name}.in", "purge": "after_projection"}])
+    world.control(wait=False)
+    world.run()
+    world.planes[0].wait_ready()
+    fill(world)
+    read_with_group(world, f"{world.name}.reporting")
+    assert payloads(world, world.topic("view"), "acme") == 80
+    receipt = world.carry_out("shred", ACME)
+    assert receipt["status"] == "inaccessible"
+    assert (receipt["irrecoverable_at"], receipt["irrecoverable_reason"]) == (None, "next seal epoch")
+    assert {row["kind"] for row in receipt["residue"]} == {"view", "source", "consumers", "database", "wal", "backup", "seal_epoch"}
+
+    assert done(world, receipt, "view")["remaining"] == 0
+    assert payloads(world, world.topic("view"), "acme") == 20  # the plain class is not erased by keys; the receipt counts it
+    assert payloads(world, world.topic("view"), "globex") == 80
+    assert done(world, receipt, "source")["offsets_left"] == 0
+    readers = done(world, receipt, "consumers")
+    assert [group["group"] for group in readers["groups"]] == [f"{world.name}.reporting"]
+    assert readers["told"] is False
+    assert set(done(world, receipt, "database")["tables"].values()) == {"rewritten"}
+    recycle_wal(world)
+    assert done(world, receipt, "wal")["files"] == 0
+    done(world, receipt, "backup")
+
+    shown = world.json("receipts", "get", receipt["command_id"])
+    assert (shown["status"], shown["irrecoverable_at"], shown["irrecoverable_reason"]) == ("inaccessible", None, "next seal epoch")
+    assert {row["kind"]: row["state"] for row in shown["residue"]}["view"] == "done"
+    assert {row["kind"] for row in shown["residue"] if row["state"] == "pending"} == {"seal_epoch"}
+
+    destroy_seal_epoch(world)
+    complete = world.receipt(receipt["command_id"], ("complete",))
+    ends = [row["done_at"] for row in complete["residue"]]
+    assert complete["irrecoverable_at"] == max(ends) > receipt["inaccessible_at"] == complete["inaccessible_at"]
+    assert complete["irrecoverable_reason"] is None
+    assert {row["state"] for row in complete["residue"]} == {"done"}
+    assert world.json("receipts", "get", receipt["command_id"]) == complete
+    assert world.value("SELECT count(*) FROM audit_log WHERE action = 'shred.complete'") == 1
+    assert all(entry["ok"] for entry in world.json("audit", "verify"))
+
+
+def reconfigured(world: World, **changes: Any) -> World:
+    """The same world with other sections of its configuration, before anything runs."""
+    document = json.loads(world.config.read_text())
+    world.config.write_text(json.dumps(document | changes))
+    world.settings = load(world.config)
+    return world
+
+
+def read_with_group(world: World, group: str) -> None:
+    consumer = Consumer(client_config(world.settings, **{"group.id": group, "enable.auto.commit": False}))
+    consumer.commit(offsets=[TopicPartition(world.topic("view"), 0, 1)], asynchronous=False)
+    consumer.close()
+
+
+def destroy_seal_epoch(world: World) -> None:
+    """As a roll leaves it on record."""
+    world.sql(
+        """INSERT INTO seal_epochs (kms_uri, kms_key_version, state, destroyed_at)
+           SELECT DISTINCT kms_uri, kms_key_version, 'destroyed', now() FROM tenant_keys
+           ON CONFLICT (kms_uri, kms_key_version) DO UPDATE SET state = 'destroyed', destroyed_at = now()"""
+    )
+
+
+@pytest.mark.parametrize(
+    "scope", [Scope(tenant="acme", kind=ScopeKind.STREAM, id="aes-1"), Scope(tenant="acme", kind=ScopeKind.CLASS, id="Aes")], ids=str
+)
+@pytest.mark.parametrize("key", ["event", "stream"])
+def test_tombstones_and_compaction_take_the_shredded_records_and_no_others(make_world: Callable[..., World], scope: Scope, key: str) -> None:
+    world = make_world()
+    world = reconfigured(world, views=[view_of(world.name, key=key)])
+    world.control(wait=False)
+    world.run()
+    world.planes[0].wait_ready()
+    fill(world)
+    before = {(m.partition(), m.offset()) for m in world.records(world.topic("view")) if not shredded(m, scope)}
+    receipt = world.carry_out("shred", scope)
+    details = done(world, receipt, "view")
+    after = world.records(world.topic("view"))
+    assert not [m for m in after if m.value() and shredded(m, scope)]
+    if key == "event":
+        assert before <= {(m.partition(), m.offset()) for m in after}
+        assert details["tombstones"] == (20 if scope.kind is ScopeKind.STREAM else 40)
+    assert {(row["stream_id"], row["status"]) for row in world.events("globex")} == {(s, "ok") for s in ("aes-1", "aes-2", "class-1", "cart-1")}
+
+
+def shredded(message: Any, scope: Scope) -> bool:
+    headers = dict(message.headers() or ())
+    stream = headers.get("ce_streamid", b"").decode()
+    mine = stream == scope.id if scope.kind is ScopeKind.STREAM else stream.startswith("aes-")
+    return headers.get("ce_tenantid") == scope.tenant.encode() and mine
+
+
+def test_the_records_of_a_view_of_this_tenant_alone_are_deleted(make_world: Callable[..., World]) -> None:
+    world = make_world()
+    world = reconfigured(world, views=[view_of(world.name, match={"tenants": ["acme"]}, erase_within="1h")])
+    world.control(wait=False)
+    world.run()
+    world.planes[0].wait_ready()
+    fill(world)
+    receipt = world.carry_out("shred", ACME)
+    done(world, receipt, "view")
+    left = world.records(world.topic("view"))
+    assert [m for m in left if m.offset() < receipt["barrier"][world.topic("view")][str(m.partition())]] == []
+    assert {m.partition() for m in left if m.value()} == {0, 1, 2}  # the notice stands behind the barrier
+
+
+def test_what_nothing_ends_is_pending_and_says_so_and_there_is_no_complete(make_world: Callable[..., World]) -> None:
+    """Control: nothing is declared, nothing is purged, the view's keys are sealed with their events. The same checker finds no end."""
+    world = make_world()
+    world = reconfigured(world, views=[view_of(world.name, key="source")])
+    world.control(wait=False)
+    world.run()
+    world.planes[0].wait_ready()
+    fill(world, ("aes-1",))
+    receipt = world.carry_out("shred", ACME)
+    done(world, receipt, "database")
+    recycle_wal(world)
+    done(world, receipt, "wal")
+    destroy_seal_epoch(world)
+    done(world, receipt, "seal_epoch")
+    until(lambda: "remaining" in residue_of(world, receipt["command_id"])["view", world.topic("view")]["details"], "a look at the view")
+    rows = residue_of(world, receipt["command_id"])
+    pending = {kind for (kind, _), row in rows.items() if row["state"] == "pending"}
+    assert pending == {"view", "source", "backup"}
+    assert rows["view", world.topic("view")]["until"] is not None  # its retention
+    assert rows["view", world.topic("view")]["details"]["method"] == "retention"
+    backup = rows["backup", "keystore backups"]
+    assert (backup["until"], "not declared" in backup["details"]["reason"]) == (None, True)
+    shown = world.json("receipts", "get", receipt["command_id"])
+    assert (shown["status"], shown["irrecoverable_at"]) == ("inaccessible", None)
+    assert shown["irrecoverable_reason"].startswith("copies remain: archived WAL")
+    assert world.sql("SELECT 1 FROM receipts WHERE status = 'complete'") == []
+
+
+def test_an_old_snapshot_holds_the_dead_rows_back_and_is_named(make_world: Callable[..., World]) -> None:
+    world = make_world()
+    world.control(wait=False)
+    world.run()
+    world.planes[0].wait_ready()
+    fill(world, ("aes-1",))
+
+    async def hold() -> tuple[dict[str, Any], dict[str, Any]]:
+        connection = await asyncpg.connect(world.dsn, server_settings={"application_name": "a long report"})
+        async with connection.transaction(isolation="repeatable_read"):
+            await connection.fetchval("SELECT count(*) FROM tenants")
+            receipt = await asyncio.to_thread(world.carry_out, "shred", ACME)
+            held = await asyncio.to_thread(until, lambda: row if (row := database(receipt))["details"].get("held_by") else None, "who holds it back")
+        await connection.close()
+        return receipt, held
+
+    def database(receipt: dict[str, Any]) -> dict[str, Any]:
+        return next(row for (kind, _), row in residue_of(world, receipt["command_id"]).items() if kind == "database")
+
+    receipt, held = asyncio.run(hold())
+    assert held["state"] == "pending"
+    assert any("a long report" in who for who in held["details"]["held_by"])
+    done(world, receipt, "database")
+
+
+def test_the_wrapped_bytes_leave_the_files_of_the_key_tables(make_world: Callable[..., World]) -> None:
+    world = make_world()
+    world.control(wait=False)
+    world.run()
+    world.planes[0].wait_ready()
+    for n in range(40):
+        world.event(world.topic("in"), b"v", tenant=f"t{n}", stream="aes-1")
+    world.event(world.topic("in"), b"v", tenant="acme", stream="aes-1")
+    world.settle()
+    wrapped = bytes(world.value("SELECT wrapped FROM tenant_keys WHERE tenant_id = 'acme'"))
+    assert found_on_disk(world, wrapped)  # control: the search finds what is there
+    done(world, world.carry_out("shred", ACME), "database")
+    assert not found_on_disk(world, wrapped)
+
+
+def found_on_disk(world: World, needle: bytes) -> bool:
+    """Whether a table's file, as Postgres itself reads it from disk, holds the bytes."""
+    world.sql("CHECKPOINT")
+    return bool(world.value("SELECT position($1::bytea IN pg_read_binary_file(pg_relation_filepath('tenant_keys'))) > 0", needle))
+
+
+def test_a_date_is_never_earlier_than_the_act(make_world: Callable[..., World]) -> None:
+    """What ends by itself says when, and that moment lies ahead."""
+    world = make_world(backups={"database_days": 30, "keystore_days": 7, "wal_days": 2})
+    world.control(wait=False)
+    world.run()
+    world.planes[0].wait_ready()
+    fill(world, ("aes-1",))
+    receipt = world.carry_out("shred", ACME)
+    done(world, receipt, "database")
+    for row in receipt["residue"]:
+        if row["until"] is not None:
+            assert row["until"] >= receipt["inaccessible_at"], row
+    days = {
+        place: (datetime.fromisoformat(row["until"].isoformat()) - datetime.fromisoformat(receipt["inaccessible_at"])).days
+        for (kind, place), row in residue_of(world, receipt["command_id"]).items()
+        if kind == "backup"
+    }
+    assert days == {"database backups": 30, "keystore backups": 7, "archived WAL": 2}
