@@ -336,7 +336,7 @@ class ControlPlane:
         ledger = Ledger(self._pool, self._ledger_topic, self._signer, self._settings.deployment)
         steps = Steps(self._pool, self._admin, self._clock, ledger)
         notices = Notices(self._pool, self._admin, self._writer)
-        self._residue = Residue(self._settings, steps, notices)
+        self._residue = Residue(self._settings, steps, notices, self._sealing)
         flows: dict[str, Flow] = {
             "shred": Shredding(steps, notices, self._residue),
             "rotate": Rotation(steps),
@@ -394,9 +394,12 @@ class ControlPlane:
             self._wake_executor()
 
     async def _roll_what_is_due(self) -> None:
+        await self._sealing().follow_up()
+
+    def _sealing(self) -> Sealing:
         if self._kms is None:
             self._kms = open_kms(self._settings.kms.uri)
-        await Sealing(self._pool, self._clock, self._kms, self._settings.kms).follow_up()
+        return Sealing(self._pool, self._clock, self._kms, self._settings.kms)
 
     async def _again(self, name: str, seconds: float, act: Callable[[], Awaitable[object]]) -> None:
         while True:

@@ -6,14 +6,14 @@
     consumers     who has read a view, and must be told
     database      dead rows of the key tables                                    residue_store.py
     wal, backup   the log, and backups, by what is declared of them
-    seal_epoch    the version of the KMS key that any such copy would need
+    seal_epoch    what in the KMS could open any such copy
 
 A job looks, does what it can, and says when to look again; it may be killed anywhere and look twice. When none is pending, the receipt
 `complete` is written in the transaction of the last one's end: never in part, never before.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Protocol
@@ -26,8 +26,9 @@ from sidecar.postgres import commands, residue, shreds
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, transaction
 from sidecar.postgres.residue import Entry, Look, Planned, Shown
-from sidecar.residue_store import Backups, DeadRows, SealEpoch, Wal, plan_epochs, plan_store
+from sidecar.residue_store import Backups, DeadRows, SealEpoch, Wal, plan_store
 from sidecar.residue_topics import Readers, SourceRecords, ViewRecords, plan_readers, plan_source, plan_view
+from sidecar.sealing import Sealing
 from sidecar.settings import Settings
 from sidecar.steps import Steps, failpoint
 
@@ -43,7 +44,7 @@ class Watch(Protocol):
 class Residue:
     """Plans the jobs of a shred and works those that are due. One control process at a time."""
 
-    def __init__(self, settings: Settings, steps: Steps, notices: Notices) -> None:
+    def __init__(self, settings: Settings, steps: Steps, notices: Notices, sealing: Callable[[], Sealing]) -> None:
         self._settings, self._steps, self._notices = settings, steps, notices
         pool, admin, clock = steps.pool, steps.admin, steps.clock
         self._watches: Mapping[str, Watch] = {
@@ -53,7 +54,7 @@ class Residue:
             "database": DeadRows(pool),
             "wal": Wal(pool),
             "backup": Backups(settings, pool, clock),
-            "seal_epoch": SealEpoch(pool, clock),
+            "seal_epoch": SealEpoch(pool, clock, sealing),
         }
 
     # ── planning ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -64,7 +65,7 @@ class Residue:
         async with transaction(self._steps.pool) as connection:
             sources = await shreds.source_topics(connection)
             ends = await shreds.source_ends(connection, job.command_id)
-            stored = plan_store(self._settings, job.facts, now) + await plan_epochs(connection, job.tenant) if job.facts["keys"]["count"] else []
+        stored = plan_store(self._settings, job.facts, now) if job.facts["keys"]["count"] else []
         views = await self._notices.affected(command.scope)
         described = await asyncio.to_thread(self._steps.admin.describe, {view.topic for view in views} | {topic for _, topic, _ in sources})
         configs = {topic: await asyncio.to_thread(self._steps.admin.topic_config, topic) for topic in described}
@@ -148,8 +149,9 @@ def reason(pending: list[Shown] | list[Planned]) -> str:
     for row in pending:
         if row.kind == "grace" and row.until is not None:
             return f"grace until {rfc3339(row.until)}"
-    if any(row.kind == "seal_epoch" for row in pending):
-        return "next seal epoch"
+    for row in pending:
+        if row.kind == "seal_epoch":
+            return str(row.details.get("reason", "next seal epoch"))
     return "copies remain: " + ", ".join(sorted({row.place for row in pending}))
 
 

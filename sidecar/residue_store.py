@@ -1,14 +1,18 @@
 """Residue in and around the database: dead rows of key tables, WAL, backups, and the seal epoch that makes all of these worthless."""
 
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sidecar.core.errors import AccessDenied
+from sidecar.core.model import ScopeKind
 from sidecar.ports import Clock
-from sidecar.postgres import residue
-from sidecar.postgres.connection import Connection, Pool, transaction
+from sidecar.postgres import residue, seal_epochs
+from sidecar.postgres.connection import Pool, transaction
 from sidecar.postgres.residue import Entry, Look, Planned
-from sidecar.settings import BackupSettings, Settings
+from sidecar.sealing import Sealing
+from sidecar.settings import Settings
+from sidecar.steps import WRITER
 
 DEAD_ROWS: Final = "dead rows of key tables"
 WAL: Final = "write-ahead log"
@@ -20,24 +24,19 @@ def plan_store(settings: Settings, facts: dict[str, Any], now: datetime) -> list
     planned = [
         Planned(kind="database", place=DEAD_ROWS, details={"xid": facts["xid"]}),
         Planned(kind="wal", place=WAL),
+        Planned(kind="seal_epoch", place="seal epoch", details={"reason": "next seal epoch"}),
     ]
-    for place, days in _kept(settings.backups):
+    for place, days in _kept(settings):
         details: dict[str, Any] = {"kept_days": days} if days is not None else {"reason": "how long they are kept is not declared (backups)"}
         planned.append(Planned(kind="backup", place=place, until=None if days is None else now + timedelta(days=days), details=details))
     return planned
 
 
-def _kept(backups: BackupSettings) -> list[tuple[str, int | None]]:
-    return [("database backups", backups.database_days), ("keystore backups", backups.keystore_days), ("archived WAL", backups.wal_days)]
-
-
-async def plan_epochs(connection: Connection, tenant: str) -> list[Planned]:
-    """After the keys are gone: what is still living above a copy of them."""
-    keks = await residue.living_keks(connection, tenant)
-    return [
-        Planned(kind="seal_epoch", place=f"seal epoch {version} of {uri}", details={"kms_uri": uri, "kms_key_version": version, "tenant_keys": keks})
-        for uri, version in await residue.seal_epochs(connection, tenant)
-    ]
+def _kept(settings: Settings) -> list[tuple[str, int | None]]:
+    """Place → days. `kms.backup: none` says of the key store that nobody backs it up."""
+    kept = settings.backups
+    keystore = 0 if kept.keystore_days is None and settings.kms.backup == "none" else kept.keystore_days
+    return [("database backups", kept.database_days), ("keystore backups", keystore), ("archived WAL", kept.wal_days)]
 
 
 class DeadRows:
@@ -81,7 +80,7 @@ class Backups:
     """Kind `backup`: by the declared retention, counted from when the dead rows were removed."""
 
     def __init__(self, settings: Settings, pool: Pool, clock: Clock) -> None:
-        self._kept, self._pool, self._clock = dict(_kept(settings.backups)), pool, clock
+        self._kept, self._pool, self._clock = dict(_kept(settings)), pool, clock
 
     async def act(self, entry: Entry) -> Look:
         days = self._kept.get(entry.place)
@@ -98,19 +97,24 @@ class Backups:
 
 
 class SealEpoch:
-    """Kind `seal_epoch`: destroyed in the KMS, and no tenant key that wrapped what was shredded lives on under another one."""
+    """Kind `seal_epoch`: whatever in the KMS could open a copy of the shredded keys is destroyed there, and the KMS says so."""
 
-    def __init__(self, pool: Pool, clock: Clock) -> None:
-        self._pool, self._clock = pool, clock
+    def __init__(self, pool: Pool, clock: Clock, sealing: Callable[[], Sealing]) -> None:
+        self._pool, self._clock, self._sealing = pool, clock, sealing
 
     async def act(self, entry: Entry) -> Look:
-        at = entry.details
+        scope = entry.command.scope
+        if scope.kind is ScopeKind.TENANT:
+            async with transaction(self._pool) as connection:
+                dedicated = await seal_epochs.of_tenant(connection, scope.tenant)
+            if any(epoch.state != "destroyed" for epoch in dedicated):  # a KMS key that was this tenant's alone waits for no roll
+                await self._sealing().destroy_dedicated(scope.tenant, WRITER)
+        inaccessible_at = datetime.fromisoformat(entry.facts["inaccessible_at"])
         async with transaction(self._pool) as connection:
-            state, irrecoverable_at = await residue.seal_epoch(connection, at["kms_uri"], at["kms_key_version"])
-            living = [kek for kek in await residue.living_keks(connection, entry.command.scope.tenant) if kek in at["tenant_keys"]]
-        gone = state == "destroyed" and (irrecoverable_at is None or irrecoverable_at <= self._clock.now())
-        details = at | {"state": state, "tenant_keys_living": len(living)}
-        return Look(again=None if gone and not living else _patience(entry.attempts), until=irrecoverable_at, details=details)
+            at, reason = await seal_epochs.irrecoverable(connection, scope, entry.command_id, inaccessible_at)
+        left = _patience(entry.attempts) if at is None else (at - self._clock.now()).total_seconds()
+        details = {"reason": reason} if reason else {}
+        return Look(again=min(left, LONGEST_SECONDS) if left > 0 else None, until=at, details=details)
 
 
 def _patience(attempts: int) -> float:

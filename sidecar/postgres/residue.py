@@ -186,7 +186,8 @@ async def old_snapshots(connection: Connection, xid: int) -> list[str]:
             """
             WITH mark AS (SELECT age($1::text::xid8::xid) AS age)
             SELECT 'session ' || pid || coalesce(' (' || nullif(application_name, '') || ')', '') AS who FROM pg_stat_activity, mark
-              WHERE (datname = current_database() OR datname IS NULL) AND pid <> pg_backend_pid() AND age(backend_xmin) >= mark.age
+              WHERE (datname = current_database() OR datname IS NULL) AND pid <> pg_backend_pid()
+                AND (age(backend_xmin) >= mark.age OR age(backend_xid) >= mark.age)
             UNION ALL SELECT 'replication slot ' || slot_name FROM pg_replication_slots, mark WHERE age(xmin) >= mark.age OR age(catalog_xmin) >= mark.age
             UNION ALL SELECT 'prepared transaction ' || gid FROM pg_prepared_xacts, mark WHERE database = current_database() AND age(transaction) >= mark.age
             ORDER BY who""",
@@ -242,37 +243,3 @@ async def wal_behind(connection: Connection, lsn: str) -> tuple[int, list[str]]:
         )
         slots = await connection.fetch("SELECT slot_name FROM pg_replication_slots WHERE restart_lsn <= $1::text::pg_lsn ORDER BY slot_name", lsn)
     return int(files), [row["slot_name"] for row in slots]
-
-
-async def seal_epochs(connection: Connection, tenant: str) -> list[tuple[str, str]]:
-    """-> (kms_uri, version) of what may wrap a copy of the tenant's keys: what its rows name, and what was rolled and not yet destroyed."""
-    with mapped():
-        rows = await connection.fetch(
-            """WITH own AS (SELECT kms_uri, kms_key_version FROM tenant_keys WHERE tenant_id = $1)
-               SELECT o.kms_uri, o.kms_key_version FROM own o LEFT JOIN seal_epochs e USING (kms_uri, kms_key_version)
-                 WHERE e.state IS DISTINCT FROM 'destroyed'
-               UNION SELECT e.kms_uri, e.kms_key_version FROM seal_epochs e
-                 WHERE e.state IN ('retiring', 'retired', 'destroying') AND coalesce(e.tenant_id, $1) = $1
-                   AND e.kms_uri IN (SELECT kms_uri FROM own)
-               ORDER BY 1, 2""",
-            tenant,
-        )
-    return [(row["kms_uri"], row["kms_key_version"]) for row in rows]
-
-
-async def living_keks(connection: Connection, tenant: str) -> list[list[int]]:
-    """[generation, version] of tenant keys that can be unwrapped: they open copies of the keys below them, whatever the seal epoch."""
-    with mapped():
-        rows = await connection.fetch(
-            "SELECT generation, kek_version FROM tenant_keys WHERE tenant_id = $1 AND wrapped IS NOT NULL ORDER BY 1, 2", tenant
-        )
-    return [list(row) for row in rows]
-
-
-async def seal_epoch(connection: Connection, kms_uri: str, version: str) -> tuple[str, datetime | None]:
-    """-> state, and from when on it is destroyed for good where that is known. One that is not on record is in use."""
-    with mapped():
-        row = await connection.fetchrow(
-            "SELECT state, irrecoverable_at FROM seal_epochs WHERE kms_uri = $1 AND kms_key_version = $2", kms_uri, version
-        )
-    return ("active", None) if row is None else (row["state"], row["irrecoverable_at"])

@@ -13,6 +13,7 @@ from confluent_kafka import Consumer, TopicPartition
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.kafka.client import client_config
 from sidecar.settings import load
+from tests.acceptance.rolls import confirm_and_destroy, roll
 from tests.acceptance.world import World, until
 
 ACME = Scope.of_tenant("acme")
@@ -124,12 +125,8 @@ def read_with_group(world: World, group: str) -> None:
 
 
 def destroy_seal_epoch(world: World) -> None:
-    """As a roll leaves it on record."""
-    world.sql(
-        """INSERT INTO seal_epochs (kms_uri, kms_key_version, state, destroyed_at)
-           SELECT DISTINCT kms_uri, kms_key_version, 'destroyed', now() FROM tenant_keys
-           ON CONFLICT (kms_uri, kms_key_version) DO UPDATE SET state = 'destroyed', destroyed_at = now()"""
-    )
+    roll(world)
+    confirm_and_destroy(world)
 
 
 @pytest.mark.parametrize(
