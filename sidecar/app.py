@@ -21,7 +21,7 @@ from sidecar.kafka.consumer import KafkaSource
 from sidecar.kafka.ledger import LedgerTopic
 from sidecar.kafka.producer import TransactionalProducer
 from sidecar.keys import KeyManagement
-from sidecar.kms import open_kms
+from sidecar.kms import check_identity, open_for
 from sidecar.ledger import LedgerGate
 from sidecar.partitions import Claimer, Sources
 from sidecar.pipeline import Pipeline, Ports
@@ -77,10 +77,8 @@ async def compose(settings: Settings, instance_id: str, *, pipeline_of: Callable
     """Check what is needed, then wire it; tests give a pipeline whose steps they delay or break. Raises ConfigurationError, Unavailable."""
     if not settings.sources:
         raise ConfigurationError("there is no source", where="sources", mend="name a topic to read, see `sidecar init`")
-    kms = open_kms(settings.kms.uri)
-    await kms.check()
-    if settings.kms.uri.startswith("file:"):
-        telemetry.log.warning("the KMS is a key file: losing it loses the data, a copy of it opens them", extra={"action": "start"})
+    kms = open_for(settings.kms, "data")
+    await check_identity(kms, "data", production=settings.profile == "production")
     admin = Admin(settings)
     views, dead_letter_partitions = await prepare(settings, admin)
     dsn = settings.postgres.for_role("data")

@@ -19,7 +19,7 @@ import orjson
 from sidecar import telemetry
 from sidecar.checkpoints import Checkpoints
 from sidecar.core.command import Command, receipt, receipt_id, stored
-from sidecar.core.errors import CommandRejected, Conflict, LedgerBehind, SidecarError, Unavailable
+from sidecar.core.errors import CommandRejected, Conflict, KmsUnavailable, LedgerBehind, SidecarError, Unavailable
 from sidecar.core.model import duration_ms
 from sidecar.holds import Holding, Releasing
 from sidecar.inbox import Backoff, Inbox, log_status, schedule_rotations
@@ -28,10 +28,10 @@ from sidecar.kafka.admin import Admin
 from sidecar.kafka.client import ProducerFenced
 from sidecar.kafka.ledger import CONFIG, PARTITIONS, LedgerTopic
 from sidecar.kafka.receipts import Outgoing, ReceiptPublisher, ViewWriter
-from sidecar.kms import open_kms
+from sidecar.kms import check_identity, open_for
 from sidecar.ledger import Ledger, LedgerGate
 from sidecar.notices import Notices
-from sidecar.ports import Clock, Kms
+from sidecar.ports import Clock
 from sidecar.postgres import audit, commands, guard, migrations
 from sidecar.postgres.commands import Job, Unpublished
 from sidecar.postgres.connection import Connection, Pool, connect, open_pool, refuse_transaction_pooling, transaction
@@ -227,7 +227,6 @@ class ControlPlane:
         self._state = "starting"
         self._trouble: str | None = None
         self._own: Backend | None = None
-        self._kms: Kms | None = None
         self._opened = False
         self._executor: Executor | None = None
         self._outbox: Outbox | None = None
@@ -237,6 +236,12 @@ class ControlPlane:
     async def open(self) -> None:
         """Reach Postgres and Kafka once, check both, make the topics. Raises ConfigurationError or Unavailable."""
         control_signer(self._settings)  # there, or made now, or no start
+        self.kms = open_for(self._settings.kms, "control")
+        try:
+            await check_identity(self.kms, "control", production=self._settings.profile == "production")
+        except KmsUnavailable as error:
+            # A shred makes data inaccessible without it; what needs it waits for it.
+            telemetry.log.warning("the KMS is away: its rights are not checked", extra={"action": "start", "error": error})
         dsn = self._settings.postgres.for_role("control")
         connection = await connect(dsn, application_name="sidecar control start")
         try:
@@ -397,9 +402,7 @@ class ControlPlane:
         await self._sealing().follow_up()
 
     def _sealing(self) -> Sealing:
-        if self._kms is None:
-            self._kms = open_kms(self._settings.kms.uri)
-        return Sealing(self._pool, self._clock, self._kms, self._settings.kms)
+        return Sealing(self._pool, self._clock, self.kms, self._settings.kms)
 
     async def _again(self, name: str, seconds: float, act: Callable[[], Awaitable[object]]) -> None:
         while True:

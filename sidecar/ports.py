@@ -32,17 +32,24 @@ class Kms(Protocol):
     async def unwrap(self, wrapped: bytes, aad: bytes, key_version: str) -> bytes:
         """The plaintext. Raises AuthenticationFailed for altered bytes, KeyShredded only when the version is destroyed for good."""
 
-    async def check(self) -> None:
-        """Reaches the key or raises; called at start and by the readiness probe. Refuses a key that can leave the KMS."""
+    async def check(self, *, destroys: bool = False) -> None:
+        """Reaches the key or raises; called at start and by the readiness probe. Raises ConfigurationError for a key that can leave the KMS.
+
+        `destroys`: this identity must be able to destroy it, too (the control plane's start).
+        """
 
     async def current(self) -> str:
-        """The version that `wrap` uses now."""
+        """The newest version: what `wrap` uses, or refuses to when that one is destroyed. Never an older one, whose seal epoch is over."""
 
     async def add_version(self) -> str:
         """A new seal epoch, which `wrap` uses from now on. Raises AccessDenied without the right to."""
 
-    async def version(self, key_version: str) -> KmsVersion:
-        """Where a version stands."""
+    async def version(self, key_version: str, *, scheduled: datetime | None = None) -> KmsVersion:
+        """Where a version stands. Raises KmsUnavailable for one that is not found: unknown is not destroyed.
+
+        `scheduled`: the `irrecoverable_at` that an earlier answer gave and the caller has on record. Where a KMS forgets a key with its
+        destruction (AWS), not to be found counts as destroyed with such a record only, and only after that moment.
+        """
 
     async def destroy(self, key_version: str) -> KmsVersion:
         """Ask for its destruction; repeatable. What came of it is in the answer's `state`: only `destroyed` is destroyed."""
@@ -51,7 +58,7 @@ class Kms(Protocol):
         """Has this identity the right to destroy? The control plane must have it, the data plane must not."""
 
     async def dedicated(self, tenant: str) -> "Kms":
-        """The same provider on a key of this tenant alone, made if there is none."""
+        """The same provider on a key of this tenant alone. Where there never was one, `wrap` and `current` make it; nothing else does."""
 
 
 class Clock(Protocol):

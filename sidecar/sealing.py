@@ -223,7 +223,7 @@ class Sealing:
 async def _ask(kms: Kms, epoch: SealEpoch) -> KmsVersion:
     """For its destruction; where that is scheduled already, how it stands. One that was cancelled is asked for again."""
     if epoch.destroy_expected_at is not None:
-        found = await kms.version(epoch.key_version)
+        found = await kms.version(epoch.key_version, scheduled=epoch.destroy_expected_at)
         if found.state in (VersionState.PENDING, VersionState.DESTROYED):
             return found
     return await kms.destroy(epoch.key_version)

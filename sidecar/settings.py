@@ -89,6 +89,11 @@ class PostgresSettings(_Section):
 
 class KmsSettings(_Section):
     uri: str = "file:./keys/kek"
+    """PROVIDER:KEY, with the identity to use as options (docs/kms.md). A secret is a file that an option names."""
+    uri_data: str | None = None
+    uri_control: str | None = None
+    uri_reader: str | None = None
+    """The same key through a role's own identity; without one, `uri`. Only the control plane's may be allowed to destroy."""
     dedicated: bool = False
     """A KMS key per tenant for tenants that come from now on, destroyed at the tenant's shred."""
     roll_every: str | None = None
@@ -102,6 +107,14 @@ class KmsSettings(_Section):
         if value is not None:
             duration_ms(value)
         return value
+
+    def for_role(self, role: Literal["data", "control", "reader"]) -> str:
+        """The URI of a role, or the common one."""
+        own: str | None = getattr(self, f"uri_{role}")
+        return own or self.uri
+
+    def uris(self) -> set[str]:
+        return {self.for_role(role) for role in ("data", "control", "reader")}
 
 
 class SourceSettings(_Section):
@@ -370,7 +383,7 @@ class Settings(_Section):
         if self.profile != "production":
             return
         refused = {
-            "kms.uri": ("a key file is a copy away from being someone else's", self.kms.uri.startswith("file:")),
+            "kms.uri": ("a key file is a copy away from being someone else's", any(u.startswith("file:") for u in self.kms.uris())),
             "control.allow_unsigned": ("anyone who may write to the control topic could shred", self.control.allow_unsigned),
             "kafka.security.protocol": ("events would cross the network in clear", self.kafka.security.protocol in ("PLAINTEXT", "SASL_PLAINTEXT")),
         }

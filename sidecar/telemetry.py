@@ -39,6 +39,7 @@ batches_redone = _counter("sidecar_batches_redone_total", "Batches sealed again 
 fenced = _counter("sidecar_fenced_total", "Times that a lease, a transaction or an instance was fenced.", "what")
 keys_created = _counter("sidecar_keys_created_total", "Key versions made.", "scope_kind")
 kms_errors = _counter("sidecar_kms_errors_total", "KMS calls that failed.", "operation")
+kms_seconds = Histogram("sidecar_kms_seconds", "KMS calls and how long they took.", ("operation",), registry=registry, buckets=_SECONDS)
 streams_on_several_partitions = _counter("sidecar_streams_on_several_partitions_total", "Times that a stream arrived on another partition.")
 commands = _counter("sidecar_commands_total", "Commands by the status they reached.", "op", "status")
 receipts = _counter("sidecar_receipts_total", "Receipts published.", "status")

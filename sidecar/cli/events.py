@@ -10,7 +10,7 @@ from sidecar.core.model import Erased, Event
 from sidecar.event_store import EventStore
 from sidecar.kafka.ledger import LedgerTopic
 from sidecar.keys import KeyManagement
-from sidecar.kms import open_kms
+from sidecar.kms import open_for
 from sidecar.ledger import LedgerGate
 from sidecar.postgres.connection import open_pool
 
@@ -22,7 +22,7 @@ async def _read(here: Cli, tenant: str, **wanted: Any) -> list[dict[str, Any]]:
     pool = await open_pool(here.settings.postgres.for_role("reader"), application_name="sidecar events")
     try:
         gate = LedgerGate(LedgerTopic(here.settings), here.settings.deployment)
-        store = EventStore(pool, KeyManagement(open_kms(here.settings.kms.uri)), gate)
+        store = EventStore(pool, KeyManagement(open_for(here.settings.kms, "reader")), gate)
         found = await store.read(tenant, **wanted)
     finally:
         await pool.close()

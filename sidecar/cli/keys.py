@@ -10,7 +10,7 @@ import typer
 
 from sidecar.cli.context import Cli, Exit, cli, run_async, say, who
 from sidecar.core.errors import Conflict
-from sidecar.kms import open_kms
+from sidecar.kms import open_for
 from sidecar.postgres import seal_epochs
 from sidecar.postgres.connection import Pool, connected, open_pool, transaction
 from sidecar.postgres.errors import mapped
@@ -116,7 +116,7 @@ def confirm_backup(
 async def _sealing(here: Cli) -> AsyncIterator[tuple[Pool, Sealing]]:
     pool = await open_pool(here.settings.postgres.for_role("control"), application_name="sidecar keys")
     try:
-        yield pool, Sealing(pool, SystemClock(), open_kms(here.settings.kms.uri), here.settings.kms)
+        yield pool, Sealing(pool, SystemClock(), open_for(here.settings.kms, "control"), here.settings.kms)
     finally:
         await pool.close()
 

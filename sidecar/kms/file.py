@@ -22,7 +22,7 @@ import orjson
 
 from sidecar.core.aead import AESGCM, KEY_BYTES, NONCE_BYTES, expand, lp, open_sealed
 from sidecar.core.errors import ConfigurationError, KeyShredded, KmsUnavailable
-from sidecar.core.kms import KmsTraits, KmsVersion, VersionState, dedicated_name
+from sidecar.core.kms import KmsTraits, KmsUri, KmsVersion, VersionState, dedicated_name
 
 _MAGIC = b"sidecar-kek-v1\n"
 
@@ -34,6 +34,8 @@ TRAITS: Final = KmsTraits(
     outlives="copies and backups of the file; what a copy-on-write file system or a flash disk keeps of overwritten blocks",
     takes_aad=True,
     production=False,
+    rights="write permission on the folder of the key file",
+    ran_against="itself",
 )
 
 
@@ -97,8 +99,9 @@ class FileKms:
 
     traits = TRAITS
 
-    def __init__(self, path: str) -> None:
-        self._path = Path(path)
+    def __init__(self, uri: KmsUri | str, *, own: bool = False) -> None:
+        """`own`: a tenant's, made when it is first needed."""
+        self._path, self._own = Path(uri.name if isinstance(uri, KmsUri) else uri), own
 
     @property
     def uri(self) -> str:
@@ -113,8 +116,10 @@ class FileKms:
         key = await asyncio.to_thread(self._key, key_version)
         return open_sealed(AESGCM(expand(key, "kms-file")), wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], aad)
 
-    async def check(self) -> None:
+    async def check(self, *, destroys: bool = False) -> None:
         """At start a file that is not there is a mistake to mend, later it is a KMS that is away."""
+        if destroys and not await self.may_destroy():
+            raise ConfigurationError("the control plane may not destroy keys", where=f"kms: {self._path}", mend=f"it needs {TRAITS.rights}")
         try:
             await asyncio.to_thread(self._current)
         except KmsUnavailable as error:
@@ -122,12 +127,17 @@ class FileKms:
             raise ConfigurationError(str(error), where=f"kms.uri: {self._path}", mend=mend) from None
 
     async def current(self) -> str:
-        return (await asyncio.to_thread(self._current))[1]
+        def name() -> str:
+            newest = self._newest()
+            gone = newest.destroyed()
+            return gone.key_version if gone else newest.read()[1]
+
+        return await asyncio.to_thread(name)
 
     async def add_version(self) -> str:
         return await asyncio.to_thread(self._add)
 
-    async def version(self, key_version: str) -> KmsVersion:
+    async def version(self, key_version: str, *, scheduled: datetime | None = None) -> KmsVersion:
         return (await asyncio.to_thread(self._find, key_version))[1]
 
     async def destroy(self, key_version: str) -> KmsVersion:
@@ -138,9 +148,7 @@ class FileKms:
         return await asyncio.to_thread(os.access, self._path.parent, os.W_OK)
 
     async def dedicated(self, tenant: str) -> "FileKms":
-        own = FileKms(str(self._path.with_name(dedicated_name(self._path.name, tenant))))
-        await asyncio.to_thread(own._make_live)
-        return own
+        return FileKms(str(self._path.with_name(dedicated_name(self._path.name, tenant))), own=True)
 
     def _slots(self) -> list[tuple[int, _Slot]]:
         """Every version that is or was, oldest first, by number."""
@@ -151,10 +159,15 @@ class FileKms:
             raise KmsUnavailable(f"the folder of the key file {self._path.name} cannot be read: {error.strerror}") from None
         return [(n, _Slot(self._path if n == 1 else self._path.with_name(f"{self._path.name}.{n}"))) for n in sorted(found)]
 
-    def _current(self) -> tuple[bytes, str]:
-        """The newest, also when it is destroyed: falling back to an older one would go back to a seal epoch that is over."""
+    def _newest(self) -> _Slot:
         slots = self._slots()
-        newest = slots[-1][1] if slots else _Slot(self._path)
+        if not slots and self._own:
+            self._add()
+        return slots[-1][1] if slots else _Slot(self._path)
+
+    def _current(self) -> tuple[bytes, str]:
+        """Never an older one than the newest: that would go back to a seal epoch that is over."""
+        newest = self._newest()
         if newest.destroyed() is not None:
             raise KmsUnavailable(f"the newest version of {self.uri} is destroyed: add one")
         return newest.read()
@@ -190,11 +203,6 @@ class FileKms:
         except OSError as error:
             raise KmsUnavailable(f"the key file {path.name} cannot be written: {error.strerror}") from None
         return _Slot(path).read()[1]
-
-    def _make_live(self) -> None:
-        slots = self._slots()
-        if not slots or slots[-1][1].destroyed() is not None:
-            self._add()
 
     def _destroy(self, key_version: str) -> KmsVersion:
         slot, found = self._find(key_version)

@@ -25,6 +25,7 @@ from sidecar.core.dsse import Signer
 from sidecar.core.keys import Kek, KeyName, fingerprint
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.kafka.client import client_config
+from sidecar.kms.file import create_key_file
 from sidecar.postgres.connection import Connection
 from sidecar.settings import Settings
 
@@ -76,8 +77,10 @@ class ControlProcess:
 
 
 def write_config(folder: Path, settings: dict[str, Any]) -> Path:
-    """JSON is YAML."""
+    """JSON is YAML. A key file is made where the settings name no KMS of their own."""
     folder.mkdir(parents=True, exist_ok=True)
+    if "kms" not in settings and not (folder / "keys" / "kek").exists():
+        create_key_file(folder / "keys" / "kek")
     file = folder / "sidecar.yaml"
     file.write_text(json.dumps(settings))
     return file

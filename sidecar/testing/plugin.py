@@ -6,6 +6,7 @@
 `own_stack`       a private stack, for a test that kills, restarts or scans it
 `unique`          call it with a name: that name, never used before (topics, groups, tenants)
 `topic_prefix`    a prefix of this test alone
+`softhsm`         PKCS#11 tokens in software; `softhsm.make_token()` gives the URI of a new one
 
 SIDECAR_TEST_BOOTSTRAP and SIDECAR_TEST_DSN name servers to use in place of ours (the role must be allowed to create databases).
 """
@@ -21,6 +22,7 @@ import pytest
 
 if TYPE_CHECKING:
     from sidecar.testing.local_stack import LocalStack
+    from sidecar.testing.softhsm import SoftHsm
 
 _DIRECTORY = pytest.StashKey[Path]()
 
@@ -118,6 +120,14 @@ def unique() -> Callable[[str], str]:
 def topic_prefix(unique: Callable[[str], str]) -> str:
     """A prefix for all topics of one test; it ends in a dot."""
     return unique("t") + "."
+
+
+@pytest.fixture(scope="session")
+def softhsm(tmp_path_factory: pytest.TempPathFactory) -> "SoftHsm":
+    """This process's SoftHSM2, with no token yet."""
+    from sidecar.testing.softhsm import SoftHsm
+
+    return SoftHsm(tmp_path_factory.mktemp("softhsm"))
 
 
 def _execute(dsn: str, sql: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from sidecar.kms import open_kms
+from sidecar.kms import open_for
 from sidecar.ports import Kms
 from sidecar.postgres.connection import open_pool
 from sidecar.sealing import Sealing
@@ -19,7 +19,9 @@ def sealing(world: World, act: Callable[[Sealing], Awaitable[T]], *, kms: Kms | 
     async def main() -> T:
         pool = await open_pool(world.dsn, application_name="a roller", max_size=8)
         try:
-            return await act(Sealing(pool, SystemClock(), kms or open_kms(world.settings.kms.uri), world.settings.kms.model_copy(update=settings)))
+            return await act(
+                Sealing(pool, SystemClock(), kms or open_for(world.settings.kms, "control"), world.settings.kms.model_copy(update=settings))
+            )
         finally:
             await pool.close()
 

@@ -10,7 +10,7 @@ import pytest
 from sidecar.core.aead import Cipher, Suite
 from sidecar.core.envelope import PREFIX_BYTES, dead_letter_aad, open_envelope, parse_header
 from sidecar.keys import KeyManagement, dek_row, kek_row, open_dek
-from sidecar.kms import open_kms
+from sidecar.kms import open_for
 from sidecar.testing.local_stack import LocalStack
 from tests.acceptance.world import Headers, World, blocking, world_on
 
@@ -240,7 +240,7 @@ def opened(world: World, row: Any) -> bytes:
     kek = world.sql("SELECT * FROM tenant_keys WHERE tenant_id = $1", row["tenant_id"])[0]
 
     async def cipher() -> Cipher:
-        keys = KeyManagement(open_kms(world.settings.kms.uri))
+        keys = KeyManagement(open_for(world.settings.kms, "reader"))
         opened_kek = await keys.open_kek(kek_row(kek))
         return open_dek({kek["kek_version"]: opened_kek}, dek_row(dek)).into_cipher(Suite.AES_256_GCM)
 

@@ -11,7 +11,7 @@ import pytest
 
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.keys import KeyManagement, dek_row, kek_row, open_dek
-from sidecar.kms import open_kms
+from sidecar.kms import open_for
 from sidecar.testing.local_stack import LocalStack
 from tests.acceptance.world import World, blocking, build
 
@@ -58,7 +58,7 @@ def everything_at_rest(world: World) -> dict[str, bytes]:
 
 async def live_keys(world: World) -> dict[str, bytes]:
     """Every key of the store, opened; and the file's."""
-    keys = KeyManagement(open_kms(world.settings.kms.uri))
+    keys = KeyManagement(open_for(world.settings.kms, "reader"))
     out = {"kms": await asyncio.to_thread((world.folder / "kek").read_bytes)}
     out["kms"] = out["kms"][-32:]
     keks: dict[tuple[str, int], Any] = {}

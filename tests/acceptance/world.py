@@ -26,7 +26,7 @@ from sidecar.kafka.admin import Admin
 from sidecar.kafka.client import client_config
 from sidecar.kafka.ledger import LedgerTopic
 from sidecar.keys import KeyManagement
-from sidecar.kms import open_kms
+from sidecar.kms import open_for
 from sidecar.kms.file import create_key_file
 from sidecar.ledger import LedgerGate
 from sidecar.postgres import migrations
@@ -278,7 +278,7 @@ class World:
             pool = await open_pool(self.settings.postgres.for_role("reader"), application_name="a test")
             try:
                 store = EventStore(
-                    pool, KeyManagement(open_kms(self.settings.kms.uri)), LedgerGate(LedgerTopic(self.settings), self.settings.deployment)
+                    pool, KeyManagement(open_for(self.settings.kms, "reader")), LedgerGate(LedgerTopic(self.settings), self.settings.deployment)
                 )
                 found = await store.read(tenant, stream=stream, stream_class=stream_class, subject=subject, limit=1_000_000)
             finally:
