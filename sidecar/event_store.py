@@ -4,7 +4,7 @@ Four different answers, never mixed up: the event; erased (its key was destroyed
 are not what was sealed for this place); not now (the KMS or Postgres is away).
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 from uuid import UUID
@@ -44,6 +44,9 @@ BY_SOURCE = (
 CipherKey = tuple[str, UUID, int, Suite]
 
 
+_NOT_ASKED = UnknownKey()
+
+
 class Ciphers:
     """The opening ciphers of a set of rows: a cipher, or the reason why there is none."""
 
@@ -61,7 +64,15 @@ class Ciphers:
                 except RecordError:
                     continue
                 wanted.add((row["tenant_id"], header.key_id, header.key_version, header.suite))
-        wanted -= self._known.keys()
+        await self._load(wanted)
+
+    async def load_headers(self, tenant: str, headers: Iterable[Header]) -> None:
+        """The same, of envelopes that were parsed already."""
+        await self._load({(tenant, header.key_id, header.key_version, header.suite) for header in headers})
+
+    async def _load(self, wanted: set[CipherKey]) -> None:
+        # what was not known before may be by now: it is asked for again
+        wanted = {key for key in wanted if isinstance(self._known.get(key, _NOT_ASKED), UnknownKey)}
         if not wanted:
             return
         states: dict[str, Any] = {}
@@ -141,6 +152,8 @@ def _event(row: Any, value: bytes | None, carried: Attributes) -> Event:
         schema_version=row["schema_version"],
         occurred_at=row["occurred_at"],
         subject=carried.subject,
+        metadata=carried.metadata,
+        content=carried.content,
     )
 
 

@@ -142,10 +142,16 @@ class Event:
     """What an application gave along; `enc` says how the event is stored, where it is encrypted."""
     content: str | None = None
     """`json` or `bytes` of events that a library appended; None: from Kafka, nobody said."""
+    sealed: bytes | None = field(default=None, repr=False)
+    """The envelope of an encrypted event that nobody has opened; then there is no value."""
 
     @property
     def data(self) -> Any:
-        """The value as it was appended; of an event from Kafka the JSON that it is, else its bytes."""
+        """The value as it was appended; of an event from Kafka the JSON that it is, else its bytes; unopened, the envelope's text form."""
+        if self.sealed is not None:
+            from sidecar.core.envelope import to_text  # which knows this module
+
+            return to_text(self.sealed)
         if self.value is None or self.content == "bytes":
             return self.value
         try:

@@ -66,23 +66,30 @@ def _of(policy: Policy) -> Decision:
 class PolicySet:
     """All policies at one policy version. Immutable: a change makes a new one."""
 
-    __slots__ = ("_by_key", "_decisions", "unmatched", "version")
+    __slots__ = ("_by_key", "_decisions", "_default", "unmatched", "version")
 
     def __init__(self, policies: Sequence[Policy], unmatched: Unmatched, version: int) -> None:
         self._by_key = {(p.tenant, p.stream_class): p for p in policies}
         self._decisions: dict[tuple[str, str], Decision] = {}
+        self._default = _UNMATCHED[unmatched]
         self.unmatched, self.version = unmatched, version
 
     def find(self, tenant: str, stream_class: str) -> Policy | None:
         """The tenant's own policy before the one of `*`."""
         return self._by_key.get((tenant, stream_class)) or self._by_key.get(("*", stream_class))
 
+    def overridden(self, decision: Encrypt) -> "PolicySet":
+        """The same version, with one answer for all: of a single call that asks for more than policy does."""
+        out = PolicySet((), self.unmatched, self.version)
+        out._default = decision
+        return out
+
     def decide(self, tenant: str, stream_class: str) -> Decision:
         key = (tenant, stream_class)
         decision = self._decisions.get(key)
         if decision is None:
             policy = self.find(tenant, stream_class)
-            decision = _UNMATCHED[self.unmatched] if policy is None else _of(policy)
+            decision = self._default if policy is None else _of(policy)
             self._decisions[key] = decision
         return decision
 

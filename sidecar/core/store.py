@@ -33,7 +33,11 @@ ExpectedVersion = Expected | int
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewEvent:
-    """An event to append. `id` is drawn if none is given; `metadata` is the application's and must be JSON."""
+    """An event to append. `id` is drawn if none is given; `metadata` is the application's and must be JSON.
+
+    `subject` names the person that it is about, where policy protects persons. `sealed` is the decorator's: the envelope of an encrypted
+    event, for stores that keep it as bytes; `data` is its text form for those that do not.
+    """
 
     type: str
     data: Any = None
@@ -41,10 +45,8 @@ class NewEvent:
     id: str | None = None
     schema_version: int = 1
     occurred_at: datetime | None = None
-
-    @property
-    def is_tombstone(self) -> bool:
-        return self.data is None
+    subject: str | None = None
+    sealed: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

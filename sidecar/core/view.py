@@ -6,6 +6,7 @@ both paths call these functions with the same inputs.
 
 import base64
 import struct
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -60,17 +61,22 @@ def _bytes(text: Any) -> bytes | None:
 
 
 class Attributes(NamedTuple):
-    """What a record carries beside its value. `subject`: the person under whose key it is sealed, if it is a person's."""
+    """What a record carries beside its value. `subject`: the person under whose key it is sealed, if it is a person's.
+
+    `metadata` and `content` (`json` or `bytes`) are of events that an application appended through the library.
+    """
 
     key: bytes | None
     timestamp_ms: int
     headers: list[tuple[str, bytes | None]]
     is_tombstone: bool
     subject: str | None
+    metadata: dict[str, Any]
+    content: str | None
 
 
 def attributes(key: bytes | None, timestamp_ms: int, headers: Headers, is_tombstone: bool, subject: str | None = None) -> bytes:
-    """As JSON: key, timestamp (ms since 1970, UTC), headers that are not ours."""
+    """Of a Kafka record, as JSON: key, timestamp (ms since 1970, UTC), headers that are not ours."""
     out: dict[str, Any] = {"key": _text(key), "timestamp": timestamp_ms}
     kept = [[_name(name), _text(value)] for name, value in headers if name not in OWN_HEADERS]
     if kept:
@@ -82,6 +88,18 @@ def attributes(key: bytes | None, timestamp_ms: int, headers: Headers, is_tombst
     return orjson.dumps(out)
 
 
+def library_attributes(timestamp_ms: int, metadata: Mapping[str, Any], content: str, is_tombstone: bool, subject: str | None) -> dict[str, Any]:
+    """Of an event that an application appended, before it is JSON."""
+    out: dict[str, Any] = {"key": None, "timestamp": timestamp_ms, "content": content}
+    if metadata:
+        out["metadata"] = dict(metadata)
+    if is_tombstone:
+        out["tombstone"] = True
+    if subject is not None:
+        out["subject"] = subject
+    return out
+
+
 def _name(name: str) -> str | dict[str, str]:
     return {"b64": base64.b64encode(name.encode()).decode()} if "\0" in name else name
 
@@ -89,7 +107,15 @@ def _name(name: str) -> str | dict[str, str]:
 def parse_attributes(raw: bytes | str | dict[str, Any]) -> Attributes:
     doc = raw if isinstance(raw, dict) else orjson.loads(raw)
     headers = [((_bytes(name) or b"").decode(), _bytes(value)) for name, value in doc.get("headers", ())]
-    return Attributes(_bytes(doc.get("key")), doc.get("timestamp", 0), headers, doc.get("tombstone", False), doc.get("subject"))
+    return Attributes(
+        _bytes(doc.get("key")),
+        doc.get("timestamp", 0),
+        headers,
+        doc.get("tombstone", False),
+        doc.get("subject"),
+        doc.get("metadata", {}),
+        doc.get("content"),
+    )
 
 
 def frame(attrs: bytes, value: bytes | None) -> bytes:

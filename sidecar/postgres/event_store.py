@@ -1,7 +1,7 @@
 """The store that applications append to: `PostgresEventStore`, the sidecar's own tables.
 
-Knows nothing of keys. An encrypted event is, to it, data that says `ks1.…` beside metadata that say `enc`: kept as the envelope's bytes,
-given back the same way. What the sidecar stored reads here, and what is appended here the sidecar can open.
+Knows nothing of keys. An encrypted event is to it an envelope, kept as bytes and given back unopened. What the sidecar stored reads here, and
+what is appended here the sidecar can open.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -11,9 +11,6 @@ from datetime import UTC, datetime
 from typing import Any, Final, TypeVar, cast
 from uuid import uuid4
 
-import orjson
-
-from sidecar.core.envelope import TEXT_PREFIX, from_text, nonce_of, parse_header, to_text
 from sidecar.core.errors import AuthenticationFailed, Conflict, MalformedRecord, RecordError, StreamErased, WrongVersion
 from sidecar.core.model import UNCLASSIFIED, Erased, Event, identifier, tenant_id
 from sidecar.core.store import (
@@ -29,7 +26,7 @@ from sidecar.core.store import (
     as_number,
     encode,
 )
-from sidecar.core.view import guard_stripe, parse_attributes
+from sidecar.core.view import guard_stripe, library_attributes, parse_attributes
 from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.postgres.errors import mapped
 
@@ -67,9 +64,12 @@ class Session:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealedFor:
-    """As of what the events of an append were sealed: checked in its transaction, under the guard. Moved is raised if it no longer holds."""
+    """As of what the events of an append were sealed: checked in its transaction, under the guard. Moved is raised if it no longer holds.
 
-    epoch: int
+    `epoch` is the tenant's; None for events that policy leaves plain.
+    """
+
+    epoch: int | None
     policy_version: int
 
 
@@ -184,10 +184,9 @@ def _arguments(
     now = datetime.now(UTC)
     rows = [_row(event, now) for event in events]
     columns = [list(column) for column in zip(*rows, strict=True)]
-    sealed = sealed_for is not None
     return (
         guard_stripe(tenant_id(tenant)), tenant, stream, stream_class or UNCLASSIFIED, as_number(expected),
-        sealed_for.epoch if sealed_for else 0 if sealed else None, sealed_for.policy_version if sealed_for else None, *columns,
+        sealed_for.epoch if sealed_for else None, sealed_for.policy_version if sealed_for else None, *columns,
     )  # fmt: skip
 
 
@@ -196,24 +195,11 @@ def _row(event: NewEvent, now: datetime) -> tuple[Any, ...]:
     head = (event.id or str(uuid4()), event.type, event.schema_version, event.occurred_at or now)
     identifier(head[0].encode("utf-8", "replace"), "event id")
     identifier(event.type.encode("utf-8", "replace"), "event type")
-    if is_sealed(event):
-        return (*head, None, from_text(event.data), None, bool(event.metadata["enc"].get("tombstone")))
+    if event.sealed is not None:
+        return (*head, None, event.sealed, None, bool(event.metadata["enc"].get("tombstone")))
     value, content = encode(event.data)
-    attributes: dict[str, Any] = {"key": None, "timestamp": int(head[3].timestamp() * 1000), "content": content}
-    if event.metadata:
-        attributes["metadata"] = dict(event.metadata)
+    attributes = library_attributes(int(head[3].timestamp() * 1000), event.metadata, content, value is None, event.subject)
     return (*head, value, None, attributes, value is None)
-
-
-def is_sealed(event: NewEvent | Event) -> bool:
-    """Does it say of itself that it is an envelope? A string that merely begins like one has no `enc` beside it."""
-    return "enc" in event.metadata and isinstance(event.data, str) and event.data.startswith(TEXT_PREFIX)
-
-
-def encryption(envelope: bytes) -> dict[str, Any]:
-    """The plan's `enc`, from the envelope's clear header."""
-    header = parse_header(envelope)
-    return {"algo": header.suite.label, "keyId": str(header.key_id), "keyVersion": header.key_version, "iv": nonce_of(envelope).hex()}
 
 
 def _readable(row: Any) -> Event | Unreadable:
@@ -233,13 +219,13 @@ def event_of(row: Any) -> Event:
     }  # fmt: skip
     sealed = row["data_encrypted"]
     if sealed is not None:
-        enc = encryption(sealed) | ({"tombstone": True} if row["is_tombstone"] else {})
-        text = orjson.dumps(to_text(sealed))
-        return Event(**common, value=text, key=None, timestamp_ms=0, headers=(), metadata={"enc": enc}, content="json")
+        enc = {"tombstone": True} if row["is_tombstone"] else {}
+        return Event(**common, value=None, key=None, timestamp_ms=0, headers=(), metadata={"enc": enc}, content="json", sealed=bytes(sealed))
     if row["is_encrypted"] and row["stream_position"] >= (row["encrypted_from_position"] or 1):
         raise AuthenticationFailed("plaintext stands in an encrypted stream")
-    attributes = row["metadata"] or {}
-    key, timestamp, headers, _, subject = parse_attributes(attributes)
+    carried = parse_attributes(row["metadata"] or {})
     value = None if row["is_tombstone"] else bytes(row["data"])
-    more = {"subject": subject, "metadata": attributes.get("metadata", {}), "content": attributes.get("content")}
-    return Event(**common, value=value, key=key, timestamp_ms=timestamp, headers=headers, **more)
+    return Event(
+        **common, value=value, key=carried.key, timestamp_ms=carried.timestamp_ms, headers=carried.headers, subject=carried.subject,
+        metadata=carried.metadata, content=carried.content,
+    )  # fmt: skip

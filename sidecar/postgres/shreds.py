@@ -52,6 +52,12 @@ class Keys:
         return {"count": len(names), "keys_sha256": sha256("\n".join(names).encode()).hexdigest()}
 
 
+async def find_tenant(connection: Connection, tenant: str) -> Tenant | None:
+    with mapped():
+        row = await connection.fetchrow("SELECT state, generation, epoch FROM tenants WHERE tenant_id = $1", tenant)
+    return None if row is None else Tenant(state=row["state"], generation=row["generation"], epoch=row["epoch"])
+
+
 async def lock_tenant(connection: Connection, tenant: str) -> Tenant:
     """Raises CommandRejected for one that does not exist."""
     with mapped():

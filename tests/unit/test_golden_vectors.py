@@ -87,7 +87,7 @@ def test_golden_envelope_opens_with_our_code(vector: Vector) -> None:
     if vector["framed"]:
         attributes, value = view.unframe(plaintext)
         assert (attributes.decode(), value.hex()) == (vector["attributes"], vector["value"])
-        assert view.attributes(*view.parse_attributes(attributes)) == attributes
+        assert view.attributes(*view.parse_attributes(attributes)[:5]) == attributes
 
 
 @named(ENVELOPES)

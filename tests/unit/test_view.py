@@ -22,7 +22,7 @@ values = st.none() | st.binary(max_size=200)
 @given(values, timestamps, kafka_headers, st.booleans())
 def test_attributes_come_back_whatever_bytes_they_hold(key: bytes | None, timestamp: int, headers: Pairs, dead: bool) -> None:
     raw = view.attributes(key, timestamp, headers, dead)
-    assert view.parse_attributes(raw) == (key, timestamp, headers, dead, None)
+    assert view.parse_attributes(raw)[:5] == (key, timestamp, headers, dead, None)
     assert b"\\u0000" not in raw, "JSONB cannot hold NUL"
     doc, _ = second.unframe(view.frame(raw, b""))
     assert second.attribute_bytes(doc["key"]) == key

@@ -70,10 +70,12 @@ BEGIN
     CONTINUE WHEN EXISTS (SELECT FROM stream_key_history h WHERE h.tenant_id = tenant AND h.stream_id = stream
                           AND h.key_id = k.id AND h.key_version = k.version AND h.used_to_position IS NULL);
     UPDATE stream_key_history h SET used_to_position = k.used_from - 1
-      WHERE h.tenant_id = tenant AND h.stream_id = stream AND h.used_to_position IS NULL AND (k.scope <> 3 OR h.key_id = k.id);
+      WHERE h.tenant_id = tenant AND h.stream_id = stream AND h.used_to_position IS NULL
+        AND (k.scope <> 3 OR h.key_id = k.id OR EXISTS (SELECT FROM streams x WHERE x.tenant_id = tenant AND x.stream_id = stream
+                                                        AND x.encryption_key_id = h.key_id));
     INSERT INTO stream_key_history (tenant_id, stream_id, key_id, key_version, used_from_position) VALUES (tenant, stream, k.id, k.version, k.used_from);
     UPDATE streams x SET is_encrypted = true, encrypted_from_position = coalesce(x.encrypted_from_position, first),
-        encryption_key_id = CASE WHEN k.scope = 3 THEN x.encryption_key_id ELSE k.id END,
+        encryption_key_id = CASE WHEN k.scope = 3 THEN NULL ELSE k.id END,
         encryption_algorithm = CASE k.suite WHEN 1 THEN 'AES-256-GCM' WHEN 2 THEN 'ChaCha20-Poly1305' ELSE 'AES-256-GCM-SIV' END,
         key_rotation_count = x.key_rotation_count + (x.is_encrypted AND k.scope <> 3)::int,
         last_key_rotation = CASE WHEN x.is_encrypted AND k.scope <> 3 THEN now() ELSE x.last_key_rotation END
@@ -98,3 +100,11 @@ BEGIN
   RETURN NULL;
 END $$;
 CREATE TRIGGER wake_consumers AFTER INSERT ON messages FOR EACH STATEMENT EXECUTE FUNCTION notify_consumers();
+
+-- The tenant's guard, shared, until the end of the transaction, and then its epoch and the policies' as they stand under it. VOLATILE, as begin_batch.
+CREATE FUNCTION guarded(stripe INT, tenant TEXT, OUT epoch BIGINT, OUT policies BIGINT) LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+  PERFORM pg_advisory_xact_lock_shared(1, stripe);
+  SELECT t.epoch INTO epoch FROM tenants t WHERE t.tenant_id = tenant;
+  SELECT p.version INTO policies FROM policy_version p;
+END $$;

@@ -1,0 +1,400 @@
+"""The plan's decorator: `create_crypto_event_store(base, policy=…, keys=…)` gives any event store encryption by policy; the base is unchanged.
+
+Append: class → policy → key → seal at the positions that the events will have → the base's own append, with an expected version. Who was
+faster makes it a conflict, and the events are sealed again. Over the Postgres store the append's one statement also checks, under the guard,
+that the tenant's keys are still those that sealed; over another store the guard is held around the base's append.
+
+Read: the base's events, opened. Each answer is the event, `Erased`, or an error that is raised: altered bytes, a key that nobody knows, a KMS
+that is away. They are never mixed up. What the sidecar wrote reads here, and the other way round: the bytes are the same (docs/FORMAT.md).
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import lru_cache
+from hashlib import sha256
+from typing import Any, Final, Protocol, TypeVar, cast
+from uuid import UUID, uuid4
+from weakref import WeakValueDictionary
+
+import orjson
+
+from sidecar.core.aead import Cipher, Suite, lp, u32
+from sidecar.core.envelope import (
+    NO_FIELD,
+    PREFIX_BYTES,
+    TEXT_PREFIX,
+    Header,
+    Sealer,
+    event_aad,
+    from_text,
+    nonce_of,
+    open_envelope,
+    parse_header,
+    stream_aad,
+    to_text,
+)
+from sidecar.core.errors import (
+    AccessDenied,
+    AuthenticationFailed,
+    Conflict,
+    KeyShredded,
+    MalformedRecord,
+    RecordError,
+    WrongVersion,
+)
+from sidecar.core.extract import subject_of
+from sidecar.core.model import UNCLASSIFIED, Erased, Event, ScopeKind, identifier
+from sidecar.core.policy import Encrypt
+from sidecar.core.store import DEFAULT_TENANT, Aggregated, Appended, Cursor, Expected, ExpectedVersion, NewEvent, StreamRead, Unreadable, encode
+from sidecar.core.view import frame, library_attributes, parse_attributes, unframe
+from sidecar.key_management import Held, KeyManagementService
+from sidecar.ports import EventStore
+from sidecar.postgres.errors import Moved
+from sidecar.postgres.event_store import PostgresEventStore, aggregate
+
+State = TypeVar("State")
+ATTEMPTS: Final = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CryptoContext:
+    """What `build_aad` may bind beside tenant, stream, position, id, type and schema version, which are always bound."""
+
+    tenant: str
+    stream: str
+    stream_class: str
+    event_type: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncryptionConfig:
+    """Of one append: encrypt although policy does not ask for it, or with another algorithm. It never makes plain what policy encrypts."""
+
+    encrypt_stream: bool = True
+    algorithm: str | None = None
+    key_id: UUID | None = None
+    """Must be the key that is in use; a way to say which one is meant, not to choose another's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecryptionConfig:
+    """Of one read: with `decrypt_data` false, envelopes are given as they are, as `ks1.…`."""
+
+    decrypt_data: bool = True
+
+
+class CryptoProvider(Protocol):
+    """Seals and opens one event; the default is ours (core/envelope.py)."""
+
+    def seal(self, cipher: Cipher, prefix: bytes, aad: bytes, plaintext: bytes) -> bytes: ...
+
+    def open(self, cipher: Cipher, envelope: bytes, aad: bytes) -> bytes: ...
+
+
+class Aead:
+    """The default provider."""
+
+    def seal(self, cipher: Cipher, prefix: bytes, aad: bytes, plaintext: bytes) -> bytes:
+        return Sealer(1).seal(cipher, prefix, aad, plaintext)
+
+    def open(self, cipher: Cipher, envelope: bytes, aad: bytes) -> bytes:
+        return open_envelope(cipher, envelope, aad)
+
+
+Classify = Callable[[str, str], str]
+"""(stream, type of its first event) → class; counts where the caller names none and the stream has none."""
+BuildAad = Callable[[CryptoContext], bytes]
+
+
+def create_crypto_event_store(
+    base: EventStore,
+    *,
+    keys: KeyManagementService,
+    policy: Classify | None = None,
+    crypto: CryptoProvider | None = None,
+    build_aad: BuildAad | None = None,
+) -> "CryptoEventStore":
+    """`base` with encryption. Policies are those of the database (EncryptionPolicyService); `policy` classifies streams for them.
+
+    `build_aad` adds to what is bound; only a reader with the same function opens such events, the sidecar does not.
+    """
+    return CryptoEventStore(base, keys, policy or (lambda _stream, _type: UNCLASSIFIED), crypto or Aead(), build_aad)
+
+
+class CryptoEventStore:
+    """An EventStore. Safe for many tasks at once; one per process is enough."""
+
+    def __init__(self, base: EventStore, keys: KeyManagementService, classify: Classify, crypto: CryptoProvider, build_aad: BuildAad | None) -> None:
+        self.base, self._keys, self._classify, self._crypto, self._build_aad = base, keys, classify, crypto, build_aad
+        self._postgres = base if isinstance(base, PostgresEventStore) else None
+        self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        """Appends to one stream take turns in this process: each would void the next one's sealing."""
+
+    def session(self) -> AbstractAsyncContextManager[Any]:
+        return self.base.session()
+
+    # append
+
+    async def append_to_stream(
+        self,
+        stream: str,
+        events: Sequence[NewEvent],
+        *,
+        tenant: str = DEFAULT_TENANT,
+        stream_class: str | None = None,
+        expected_version: ExpectedVersion = Expected.ANY,
+        session: Any = None,
+        encryption: EncryptionConfig | None = None,
+    ) -> Appended:
+        """As the base's, sealed where policy says so. Raises RecordRefused for what is shredded, AccessDenied for an override that weakens."""
+        if not events:
+            raise MalformedRecord("an append needs events")
+        identifier(stream.encode("utf-8", "replace"), "stream id", "bad_stream")
+        named = stream_class or self._classify(stream, events[0].type)
+        wanted = await self._wanted(encryption, tenant, named)
+        if session is not None:  # it may hold the stream's row already, so it waits for nobody here
+            return await self._attempts(stream, events, tenant, named, expected_version, session, encryption, wanted)
+        async with self._turns.setdefault((tenant, stream), asyncio.Lock()):
+            return await self._attempts(stream, events, tenant, named, expected_version, None, encryption, wanted)
+
+    async def _attempts(
+        self, stream: str, events: Sequence[NewEvent], tenant: str, named: str, expected_version: ExpectedVersion, session: Any,
+        encryption: EncryptionConfig | None, wanted: Encrypt | None,
+    ) -> Appended:  # fmt: skip
+        """Seal and append until nobody was faster; other processes, and the sidecar, may be."""
+        for attempt in range(ATTEMPTS):
+            held = self._keys.in_hand(tenant, stream, wanted) or await self._keys.hold(tenant, stream, named, wanted)
+            _check_override(encryption, held)
+            try:
+                return await self._append(held, stream, events, tenant, named, expected_version, session)
+            except Moved:
+                self._keys.forget(tenant)
+            except WrongVersion:
+                self._keys.forget_stream(tenant, stream)
+                if expected_version is not Expected.ANY or attempt == ATTEMPTS - 1:
+                    raise
+            except Conflict as conflict:
+                # the data plane wrote in between, or somebody made the stream
+                self._keys.forget_stream(tenant, stream)
+                if session is not None or attempt == ATTEMPTS - 1:
+                    raise WrongVersion("somebody else wrote to the stream") from conflict
+        raise WrongVersion("the stream is written to without a pause; try again")
+
+    async def _wanted(self, encryption: EncryptionConfig | None, tenant: str, named: str) -> Encrypt | None:
+        """What an override asks for: the policy's own key scope, and a suite."""
+        if encryption is None or not encryption.encrypt_stream:
+            return None
+        decision = (await self._keys.policies()).decide(tenant, named)
+        base = decision if isinstance(decision, Encrypt) else Encrypt(Suite.AES_256_GCM, ScopeKind.STREAM)
+        return base if encryption.algorithm is None else replace(base, suite=Suite.from_label(encryption.algorithm))
+
+    async def _append(
+        self, held: Held, stream: str, events: Sequence[NewEvent], tenant: str, named: str, expected: ExpectedVersion, session: Any
+    ) -> Appended:
+        if held.as_of.epoch is None:
+            if self._postgres is None:
+                async with self._keys.verified(tenant, held.as_of):
+                    return await self.base.append_to_stream(
+                        stream, events, tenant=tenant, stream_class=named, expected_version=expected, session=session
+                    )
+            return await self._postgres.append_to_stream(
+                stream, events, tenant=tenant, stream_class=named, expected_version=expected, session=session, sealed_for=held.as_of
+            )
+        head = await self._head(held, stream, tenant, expected, session)
+        sealed = await self._seal(held, stream, events, head)
+        if self._postgres is not None:
+            done = await self._postgres.append_to_stream(
+                stream, sealed, tenant=tenant, stream_class=named, expected_version=head, session=session, sealed_for=held.as_of
+            )
+        else:
+            async with self._keys.verified(tenant, held.as_of):
+                done = await self.base.append_to_stream(stream, sealed, tenant=tenant, stream_class=named, expected_version=head, session=session)
+        held.stream.head = done.last if session is None else held.stream.head
+        return done
+
+    async def _head(self, held: Held, stream: str, tenant: str, expected: ExpectedVersion, session: Any) -> int:
+        """The version to seal for. What is remembered may be old: then the append finds out, and it is read again."""
+        if session is not None or self._postgres is None:
+            head = (await self.base.read_stream(stream, tenant=tenant, max_count=0, session=session)).version
+        else:
+            head = held.stream.head
+        if not isinstance(expected, Expected):
+            return expected
+        if (expected is Expected.NO_STREAM and head) or (expected is Expected.STREAM_EXISTS and not head):
+            raise WrongVersion(f"the stream is at {head}")
+        return head
+
+    async def _seal(self, held: Held, stream: str, events: Sequence[NewEvent], head: int) -> list[NewEvent]:
+        of_stream, now = stream_aad(held.tenant.id.encode(), stream.encode()), datetime.now(UTC)
+        encoded = [encode(event.data) for event in events]
+        persons = _persons(held, events, [value for value, _ in encoded])
+        keys = await self._keys.sealing_keys(held, persons)
+        out = []
+        for position, (event, key, person, (value, content)) in enumerate(zip(events, keys, persons, encoded, strict=True), start=head + 1):
+            message_id, at = event.id or str(uuid4()), event.occurred_at or now
+            attributes = orjson.dumps(library_attributes(int(at.timestamp() * 1000), event.metadata, content, value is None, person))
+            extra = self._extra(held.tenant.id, stream, held.stream.stream_class, event.type)
+            aad = _aad(of_stream, position, message_id, event.type, event.schema_version, key.prefix, extra)
+            envelope = self._crypto.seal(key.cipher, key.prefix, aad, frame(attributes, value))
+            enc = _enc(key.suite, key.key_id, key.version, envelope, aad) | ({"tombstone": True} if value is None else {})
+            body = {"data": to_text(envelope)} if self._postgres is None else {"data": None, "sealed": envelope}
+            out.append(replace(event, id=message_id, occurred_at=at, metadata={"enc": enc}, subject=None, **body))
+        return out
+
+    def _extra(self, tenant: str, stream: str, stream_class: str, event_type: str) -> bytes:
+        if self._build_aad is None:
+            return b""
+        return lp(self._build_aad(CryptoContext(tenant=tenant, stream=stream, stream_class=stream_class, event_type=event_type)))
+
+    # read
+
+    async def read_stream(
+        self,
+        stream: str,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        from_position: int = 1,
+        to_position: int | None = None,
+        max_count: int | None = None,
+        session: Any = None,
+        decryption: DecryptionConfig | None = None,
+    ) -> StreamRead:
+        """Events, and `Erased` in the place of those whose key was destroyed. Raises AuthenticationFailed, UnknownKey, Unavailable."""
+        read = await self.base.read_stream(
+            stream, tenant=tenant, from_position=from_position, to_position=to_position, max_count=max_count, session=session
+        )
+        if decryption is not None and not decryption.decrypt_data:
+            return read
+        opened = await self.decrypt([event for event in read.events if isinstance(event, Event)])
+        for answer in opened:
+            if isinstance(answer, RecordError):
+                raise answer
+        return StreamRead(events=cast(Sequence[Event | Erased], opened), version=read.version)
+
+    async def aggregate_stream(
+        self, stream: str, evolve: Callable[[State, Event], State], initial: State, *, tenant: str = DEFAULT_TENANT, session: Any = None
+    ) -> Aggregated[State]:
+        """Raises StreamErased where an event is erased: a state without it would be wrong."""
+        return aggregate(await self.read_stream(stream, tenant=tenant, session=session), evolve, initial)
+
+    async def read_all(
+        self,
+        *,
+        after: Cursor = Cursor(),
+        tenant: str | None = None,
+        classes: Sequence[str] | None = None,
+        limit: int = 500,
+    ) -> Sequence[tuple[Cursor, Event | Erased | Unreadable]]:
+        found = await self.base.read_all(after=after, tenant=tenant, classes=classes, limit=limit)
+        answers = iter(await self.decrypt([held for _, held in found if isinstance(held, Event)]))
+        return [(place, _answer(held, next(answers)) if isinstance(held, Event) else held) for place, held in found]
+
+    async def decrypt(self, events: Sequence[Event]) -> Sequence[Event | Erased | RecordError]:
+        """A consumer's decrypt hook: an answer per event, in order. Under the guard: after a shred's receipt no call that starts opens its scope.
+
+        Raises Unavailable, and UnknownKey: neither says that anything is erased.
+        """
+        by_tenant: dict[str, list[int]] = {}
+        out: list[Event | Erased | RecordError] = list(events)
+        for number, event in enumerate(events):
+            if "enc" in event.metadata and (event.sealed is not None or _looks_sealed(event)):
+                by_tenant.setdefault(event.tenant, []).append(number)
+        for tenant, numbers in by_tenant.items():
+            for number, answer in zip(numbers, await self._open_all(tenant, [events[n] for n in numbers]), strict=True):
+                out[number] = answer
+        return out
+
+    async def _open_all(self, tenant: str, events: Sequence[Event]) -> list[Event | Erased | RecordError]:
+        envelopes = [_envelope(event) for event in events]
+        headers = {_header(e[:PREFIX_BYTES]) for e in envelopes if isinstance(e, bytes)} - {None}
+        while True:
+            epoch, ciphers = await self._keys.opening(tenant, cast(Any, headers))
+            async with self._keys.guard(tenant) as now:
+                if now == epoch:
+                    return [self._open(event, envelope, ciphers) for event, envelope in zip(events, envelopes, strict=True)]
+            self._keys.forget(tenant)
+
+    def _open(self, event: Event, envelope: bytes | RecordError, ciphers: Any) -> Event | Erased | RecordError:
+        if isinstance(envelope, RecordError):
+            return envelope
+        try:
+            header = parse_header(envelope) if (known := _header(envelope[:PREFIX_BYTES])) is None else known
+            extra = self._extra(event.tenant, event.stream, event.stream_class, event.type)
+            of_stream = stream_aad(event.tenant.encode(), event.stream.encode())
+            aad = _aad(of_stream, event.position, event.message_id, event.type, event.schema_version, envelope[:PREFIX_BYTES], extra)
+            attributes, value = unframe(self._crypto.open(ciphers.get(event.tenant, header), envelope, aad))
+        except KeyShredded:
+            return Erased(tenant=event.tenant, stream=event.stream, position=event.position, message_id=event.message_id, type=event.type)
+        except RecordError as error:
+            return error
+        carried = parse_attributes(attributes)
+        if carried.is_tombstone != bool(event.metadata["enc"].get("tombstone")):
+            return AuthenticationFailed("the event and its sealed attributes disagree about the tombstone")
+        enc = _enc(header.suite, header.key_id, header.key_version, envelope, aad)
+        return Event(
+            tenant=event.tenant, stream=event.stream, position=event.position, message_id=event.message_id, type=event.type,
+            stream_class=event.stream_class, value=None if carried.is_tombstone else value, key=carried.key, timestamp_ms=carried.timestamp_ms,
+            headers=carried.headers, source=event.source, schema_version=event.schema_version, occurred_at=event.occurred_at,
+            subject=carried.subject, metadata=carried.metadata | {"enc": enc}, content=carried.content,
+        )  # fmt: skip
+
+
+def _persons(held: Held, events: Sequence[NewEvent], values: Sequence[bytes | None]) -> list[str | None]:
+    """Whom each event is about, where policy seals by person: by its extractor, to which `subject` is the header ce_subjectid."""
+    by = held.stream.by_subject
+    if by is None or by.subject is None:
+        return [event.subject for event in events]
+    named = [{"ce_subjectid": event.subject.encode()} if event.subject else {} for event in events]
+    return [subject_of(by.subject, "", None, value, headers) for value, headers in zip(values, named, strict=True)]
+
+
+def _check_override(encryption: EncryptionConfig | None, held: Held) -> None:
+    """An override may ask for more than policy does, never for less."""
+    key = held.stream.key
+    if encryption is not None and held.as_of.epoch is not None:
+        if not encryption.encrypt_stream:
+            raise AccessDenied("this stream is encrypted; an append cannot leave it plain")
+        if encryption.key_id not in (None, key and key.key_id):
+            raise AccessDenied("that is not the key that this stream is sealed with")
+
+
+def _aad(of_stream: bytes, position: int, message_id: str, event_type: str, schema_version: int, prefix: bytes, extra: bytes) -> bytes:
+    id_raw, type_raw = message_id.encode(), event_type.encode()
+    return event_aad(of_stream, position, u32(len(id_raw)) + id_raw, u32(len(type_raw)) + type_raw, schema_version, NO_FIELD, prefix) + extra
+
+
+def _enc(suite: Suite, key_id: UUID, version: int, envelope: bytes, aad: bytes) -> dict[str, Any]:
+    """The plan's metadata. The hash is for audits; what binds is the tag."""
+    return {"algo": suite.label, "keyId": str(key_id), "keyVersion": version, "iv": nonce_of(envelope).hex(), "aadHash": sha256(aad).hexdigest()}
+
+
+@lru_cache(4096)
+def _header(prefix: bytes) -> Header | None:
+    """A stream's events share the clear prefix. None: it is not one, and `parse_header` says why."""
+    try:
+        return parse_header(prefix + bytes(28))
+    except RecordError:
+        return None
+
+
+def _looks_sealed(event: Event) -> bool:
+    data: Any = event.data
+    return isinstance(data, str) and data.startswith(TEXT_PREFIX)
+
+
+def _envelope(event: Event) -> bytes | RecordError:
+    if event.sealed is not None:
+        return event.sealed
+    try:
+        return from_text(cast(str, event.data))
+    except RecordError as error:
+        return error
+
+
+def _answer(event: Event, answer: Event | Erased | RecordError) -> Event | Erased | Unreadable:
+    if isinstance(answer, RecordError):
+        return Unreadable(tenant=event.tenant, stream=event.stream, position=event.position, error=answer)
+    return answer

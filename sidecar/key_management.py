@@ -1,0 +1,263 @@
+"""Keys for an application's own process: `KeyManagementService`. The pipeline's cache (`Streams`), for many callers at once.
+
+What is in hand is as of a tenant epoch and a policy version. Both are verified under the guard, by the append's own transaction or by
+`guard`, so a warm cache never outlives a shred, a rotation or a policy change; who finds them moved calls `forget` and asks again.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
+
+from sidecar.core.aead import Cipher, Suite
+from sidecar.core.envelope import Header
+from sidecar.core.errors import Conflict, KeyUnavailable, RecordRefused, UnknownKey
+from sidecar.core.keys import UseLimits
+from sidecar.core.model import Scope, ScopeKind, tenant_id
+from sidecar.core.policy import Encrypt, PolicySet, Unmatched
+from sidecar.core.streams import Fresh, SealingKey, Stream, Tenant, Touch
+from sidecar.core.view import guard_stripe
+from sidecar.event_store import Ciphers
+from sidecar.keys import KeyManagement
+from sidecar.ports import Clock
+from sidecar.postgres import audit, shreds
+from sidecar.postgres import fresh as fresh_rows
+from sidecar.postgres.connection import Pool, transaction
+from sidecar.postgres.errors import Moved
+from sidecar.postgres.event_store import SealedFor
+from sidecar.postgres.keystore import KeyStore
+from sidecar.streams import Streams
+
+ATTEMPTS: Final = 10
+LOCK_MS: Final = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A stream as it is in hand: whose, under which key (None: policy leaves it plain), and as of what that holds."""
+
+    tenant: Tenant
+    stream: Stream
+    as_of: SealedFor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyName:
+    """One version of a key, by name. Nobody gets its bytes."""
+
+    key_id: UUID
+    key_version: int
+
+
+class KeyManagementService:
+    """Raises KmsUnavailable, StoreUnavailable; RecordRefused for what is shredded; AccessDenied where the database role may not."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        keys: KeyManagement,
+        *,
+        clock: Clock,
+        writer: str = "library",
+        unmatched: Unmatched = "encrypt",
+        max_streams: int = 10_000,
+        limits: UseLimits | None = None,
+    ) -> None:
+        self._limits = limits or UseLimits()
+        self._pool, self._keys, self._clock, self._writer, self._unmatched = pool, keys, clock, writer, unmatched
+        self._store = KeyStore(pool)
+        self._streams = Streams(self._store, keys, max_streams=max_streams, limits=self._limits)
+        self._opening: dict[str, tuple[int, Ciphers]] = {}
+        self._policies: PolicySet | None = None
+        self._making = asyncio.Lock()
+
+    # for the store's decorator
+
+    async def policies(self) -> PolicySet:
+        """As last read; `forget` makes the next call read them again."""
+        if self._policies is None:
+            self._policies = await self._store.policies(self._unmatched)
+        return self._policies
+
+    def forget(self, tenant: str) -> None:
+        """Something has moved: the tenant's keys and the policies are read again at their next use."""
+        self._streams.discard([tenant])
+        self._opening.pop(tenant, None)
+        self._policies = None
+
+    def forget_stream(self, tenant: str, stream: str) -> None:
+        """Its head or its class is not what it was."""
+        held = self._streams.tenants.get(tenant.encode())
+        if held is not None:
+            held.streams.pop(stream.encode(), None)
+            held.aged.pop(stream.encode(), None)
+
+    def in_hand(self, tenant: str, stream: str, wanted: Encrypt | None = None) -> Held | None:
+        """Without I/O: what an append needs, if it is warm. `wanted` is an override; else policy says which suite seals."""
+        held = self._streams.tenants.get(tenant.encode())
+        if held is None or not held.exists or self._policies is None:
+            return None
+        found = self._streams.find(held, stream.encode())
+        if found is None:
+            return None
+        decision = wanted or self._policies.decide(tenant, found.stream_class)
+        now = found.by_subject or found.key
+        if found.refusal is None and isinstance(decision, Encrypt) and (now is None or now.suite is not decision.suite):
+            return None
+        return self._held(held, found, self._policies)
+
+    @staticmethod
+    def _held(tenant: Tenant, stream: Stream, policies: PolicySet) -> Held:
+        if tenant.refusal or stream.refusal:
+            raise RecordRefused(tenant.refusal or stream.refusal or "")
+        return Held(tenant, stream, SealedFor(epoch=tenant.epoch if stream.key or stream.by_subject else None, policy_version=policies.version))
+
+    async def hold(self, tenant: str, stream: str, stream_class: str, wanted: Encrypt | None = None) -> Held:
+        """What an append needs; makes and records keys that are missing. One at a time: two callers must not make the same key."""
+        async with self._making:
+            for _ in range(ATTEMPTS):
+                held = self.in_hand(tenant, stream, wanted)
+                if held is not None:
+                    return held
+                try:
+                    return await self._load(tenant, stream, stream_class, wanted)
+                except Conflict:
+                    self.forget(tenant)
+        raise Conflict("others keep changing this tenant's keys; try again")
+
+    async def sealing_keys(self, held: Held, persons: Sequence[str | None]) -> list[SealingKey]:
+        """A key per event, with room to seal: the stream's, or its person's. Raises RecordRefused for a person who was erased, KeyExhausted."""
+        by = held.stream.by_subject
+        if by is None and held.stream.key is not None and len(persons) <= held.stream.key.left:
+            held.stream.key.left -= len(persons)
+            return [held.stream.key] * len(persons)
+        async with self._making:
+            fresh = Fresh()
+            try:
+                if by is not None:
+                    missing = {name for name in persons if name and self._streams.find_subject(held.tenant, name, by.suite) is None}
+                    await self._streams.load_subjects([(held.tenant, name, by.suite) for name in sorted(missing)], fresh)
+                needs: dict[SealingKey, int] = {}
+                for name in persons:
+                    key = self._key_of(held, name)
+                    needs[key] = needs.get(key, 0) + 1
+                self._streams.make_room(needs, fresh)
+                await self._record(held.tenant, fresh)
+            except Conflict:
+                self._streams.discard([held.tenant.id])
+                raise Moved from None
+            except BaseException:
+                self._streams.discard([held.tenant.id])
+                raise
+        return [self._key_of(held, name) for name in persons]
+
+    def _key_of(self, held: Held, person: str | None) -> SealingKey:
+        by, key = held.stream.by_subject, held.stream.key
+        if by is not None:
+            subject = self._streams.find_subject(held.tenant, person or "", by.suite)
+            if subject is not None and subject.refusal:
+                raise RecordRefused(subject.refusal)
+            key = None if subject is None else subject.key
+        if key is None:
+            raise KeyUnavailable("an event has no key to be sealed with")
+        return key
+
+    async def _load(self, name: str, stream: str, stream_class: str, wanted: Encrypt | None) -> Held:
+        policies, raw = await self.policies(), tenant_id(name).encode()
+        fresh = Fresh()
+        if raw not in self._streams.tenants:
+            await self._streams.load_tenants([name])
+        tenant = self._streams.tenants[raw]
+        self.forget_stream(name, stream)
+        try:
+            if tenant.refusal is None:
+                decisions = policies if wanted is None else policies.overridden(wanted)
+                await self._streams.load_streams([Touch(tenant, stream.encode(), stream, stream_class)], decisions, fresh)
+                await self._record(tenant, fresh)
+        except BaseException:
+            self._streams.discard([name])  # what was made and not recorded is nobody's key
+            raise
+        self._streams.age()
+        found = self._streams.find(tenant, stream.encode()) or Stream(stream, b"", stream_class, tenant.refusal, None, 0)
+        return self._held(tenant, found, policies)
+
+    async def _record(self, tenant: Tenant, fresh: Fresh) -> None:
+        """New keys, under the guard and before anything is sealed with them: an append that comes to nothing leaves a harmless key."""
+        if tenant.exists and not (fresh.deks or fresh.keks or fresh.reserved or fresh.retired):
+            return
+        tenants = [] if tenant.exists else [tenant.id]
+        made = Fresh(tenants=tenants, keks=fresh.keks, deks=fresh.deks, retired=fresh.retired, reserved=fresh.reserved)
+        async with transaction(self._pool) as connection:
+            # a session that made the tenant and has not ended may be our own caller's: it is not waited for without end
+            await connection.execute(f"SET LOCAL lock_timeout = {LOCK_MS}")
+            await connection.execute("SELECT guarded($1, $2)", guard_stripe(tenant.id), tenant.id)
+            now = await shreds.find_tenant(connection, tenant.id)
+            as_loaded = None if not tenant.exists else (tenant.state, tenant.generation, tenant.epoch)
+            if (now and (now.state, now.generation, now.epoch)) != as_loaded:
+                raise Conflict("the tenant changed while its keys were made")
+            await fresh_rows.insert(connection, made, self._limits, self._clock.now())
+            await fresh_rows.audited(connection, made, writer=self._writer, now=self._clock.now())
+        tenant.exists = True
+
+    @asynccontextmanager
+    async def guard(self, tenant: str) -> AsyncIterator[int | None]:
+        """The tenant's guard, shared, for the length of a block: gives its epoch as it stands, None for a tenant that is not known."""
+        async with transaction(self._pool) as connection:
+            yield await connection.fetchval("SELECT epoch FROM guarded($1, $2)", guard_stripe(tenant), tenant)
+
+    @asynccontextmanager
+    async def verified(self, tenant: str, as_of: SealedFor) -> AsyncIterator[None]:
+        """The guard around an append to a store that cannot check by itself. Raises Moved if something is not as it was."""
+        async with transaction(self._pool) as connection:
+            now = await connection.fetchrow("SELECT epoch, policies FROM guarded($1, $2)", guard_stripe(tenant), tenant)
+            if now is None or as_of.epoch not in (None, now["epoch"]) or now["policies"] != as_of.policy_version:
+                raise Moved
+            yield
+
+    async def opening(self, tenant: str, headers: Sequence[Header]) -> tuple[int | None, Ciphers]:
+        """Ciphers for what stands in those headers, and the epoch that they are as of: verify it under `guard` before the first use."""
+        known = self._opening.get(tenant)
+        if known is None:
+            epoch: int | None = await self._pool.fetchval("SELECT epoch FROM tenants WHERE tenant_id = $1", tenant)
+            if epoch is None:
+                return None, Ciphers(self._store, self._keys)
+            known = self._opening.setdefault(tenant, (epoch, Ciphers(self._store, self._keys)))
+        await known[1].load_headers(tenant, headers)
+        return known
+
+    # the plan's operations
+
+    async def get_active_key(self, tenant: str, scope: Scope) -> KeyName:
+        """The version that seals now. Raises UnknownKey if the scope has none (yet)."""
+        rows = [row for row in await self._store.newest_keys([(tenant, scope.kind, scope.id)]) if row["is_active"]]
+        if not rows:
+            raise UnknownKey
+        return KeyName(key_id=rows[0]["key_id"], key_version=rows[0]["key_version"])
+
+    async def get_key(self, tenant: str, key_id: UUID, key_version: int, suite: Suite = Suite.AES_256_GCM) -> Cipher:
+        """What opens under that version, now. Raises KeyShredded, UnknownKey."""
+        header = Header(suite=suite, scope_kind=ScopeKind.STREAM, key_id=key_id, key_version=key_version, framed=True)
+        while True:
+            epoch, ciphers = await self.opening(tenant, [header])
+            async with self.guard(tenant) as now:
+                if now == epoch:
+                    return ciphers.get(tenant, header)
+            self.forget(tenant)
+
+    async def rotate_key(self, scope: Scope, *, actor: str = "library") -> int:
+        """Retire the scope's live keys: none seals anything after this call; each gets its next version at its next write. -> how many."""
+        async with transaction(self._pool) as connection:
+            await connection.execute("SELECT pg_advisory_xact_lock(1, $1)", guard_stripe(scope.tenant))
+            tenant = await shreds.lock_tenant(connection, scope.tenant)
+            if tenant.state != "active":
+                raise RecordRefused("tenant_shredded")
+            names = await shreds.retire(connection, scope, None)
+            await shreds.next_epoch(connection, scope.tenant, shredding=False)
+            await audit.append(
+                connection, writer=self._writer, at=self._clock.now(), action="keys.rotate", actor=actor, tenant=scope.tenant,
+                details=shreds.Keys(names=names).in_audit(),
+            )  # fmt: skip
+        self.forget(scope.tenant)
+        return len(names)
