@@ -21,6 +21,8 @@ from sidecar.checkpoints import Checkpoints
 from sidecar.core.command import Command, receipt, receipt_id, stored
 from sidecar.core.errors import CommandRejected, Conflict, KmsUnavailable, LedgerBehind, SidecarError, Unavailable
 from sidecar.core.model import duration_ms
+from sidecar.event_store import EventStore
+from sidecar.evidence import Evidence
 from sidecar.holds import Holding, Releasing
 from sidecar.inbox import Backoff, Inbox, log_status, schedule_rotations
 from sidecar.kafka import journal
@@ -28,6 +30,7 @@ from sidecar.kafka.admin import Admin
 from sidecar.kafka.client import ProducerFenced
 from sidecar.kafka.ledger import CONFIG, PARTITIONS, LedgerTopic
 from sidecar.kafka.receipts import Outgoing, ReceiptPublisher, ViewWriter
+from sidecar.keys import KeyManagement
 from sidecar.kms import check_identity, open_for
 from sidecar.ledger import Ledger, LedgerGate
 from sidecar.notices import Notices
@@ -49,6 +52,7 @@ AT_ONCE: Final = 4
 """Commands carried out side by side, of different tenants."""
 POLL_SECONDS: Final = 1.0
 """How late a wake-up that got lost is made good."""
+CERTIFY_SECONDS: Final = 2.0
 
 
 class Executor:
@@ -257,6 +261,8 @@ class ControlPlane:
         self._pool = await open_pool(dsn, application_name="sidecar control", max_size=AT_ONCE * 2 + 4)
         self._writer = ViewWriter(self._settings)
         self._checkpoints = Checkpoints(self._settings, self._pool, self._signer, self._writer, self._clock)
+        store = EventStore(self._pool, KeyManagement(self.kms), self._gate)
+        self._evidence = Evidence(self._settings, self._pool, self._signer, store, self._clock)
         self.inbox = Inbox(self._settings, self._pool, self._clock, self._wake_executor)
         self._opened = True
 
@@ -388,6 +394,7 @@ class ControlPlane:
             "seal_epochs": (self._timer_seconds, self._roll_what_is_due),
             "checkpoint": (duration_ms(self._settings.audit.checkpoint_every) / 1000, self._checkpoints.sign),
             "residue": (POLL_SECONDS, self._look_at_residue),
+            "certify": (CERTIFY_SECONDS, self._evidence.issue),
         }
 
     async def _look_at_residue(self) -> None:

@@ -21,7 +21,7 @@ app = typer.Typer(
 
 # group name -> module with `app`; a module of the first kind adds its commands to the top level
 _TOP_LEVEL = ("init", "run", "status", "publish", "commands")
-_GROUPS = ("dev", "db", "config", "topics", "policy", "events", "keys", "receipts", "audit", "dlq")
+_GROUPS = ("dev", "db", "config", "topics", "policy", "events", "keys", "receipts", "evidence", "audit", "dlq")
 
 
 @app.callback()
@@ -43,7 +43,10 @@ def _assemble() -> None:
 
 
 def _hoist(arguments: list[str]) -> list[str]:
-    """Move the common options before the noun, where click wants them; everything behind `--` stays."""
+    """Move the common options before the noun, where click wants them; everything behind `--` stays.
+
+    `--output` with something else than a form of output is a command's own: a file.
+    """
     front: list[str] = []
     rest: list[str] = []
     waiting = iter(arguments)
@@ -51,8 +54,10 @@ def _hoist(arguments: list[str]) -> list[str]:
         if word == "--":
             return [*front, *rest, word, *waiting]
         if word in ("--config", "-o", "--output"):
-            front += [word, *[value for value in [next(waiting, None)] if value is not None]]
-        elif word.startswith(("--config=", "--output=")):
+            value = next(waiting, None)
+            own = word == "--output" and value not in (None, "table", "json")
+            (rest if own else front).extend([word] if value is None else [word, value])
+        elif word.startswith("--config=") or word in ("--output=table", "--output=json"):
             front.append(word)
         else:
             rest.append(word)

@@ -94,7 +94,8 @@ CREATE TABLE certificates (
   certificate_id UUID PRIMARY KEY, command_id UUID NOT NULL, status TEXT NOT NULL, envelope BYTEA NOT NULL, salt BYTEA NOT NULL,
   created_at TIMESTAMPTZ NOT NULL DEFAULT now()
 );
-CREATE INDEX certificates_command ON certificates (command_id, created_at);
+CREATE UNIQUE INDEX certificates_command ON certificates (command_id, status);
+CREATE INDEX receipts_of_shreds ON receipts (created_at) WHERE status IN ('inaccessible', 'complete');
 CREATE TABLE audit_checkpoints (                 -- signed heads of all chains; also on a topic, where nobody can take one back
   checkpoint_id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, at TIMESTAMPTZ NOT NULL, heads JSONB NOT NULL, envelope BYTEA NOT NULL,
   published_at TIMESTAMPTZ
