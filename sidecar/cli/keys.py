@@ -10,7 +10,9 @@ import typer
 
 from sidecar.cli.context import Cli, Exit, cli, run_async, say, who
 from sidecar.core.errors import Conflict
+from sidecar.kafka.ledger import LedgerTopic
 from sidecar.kms import open_for
+from sidecar.ledger import LedgerGate
 from sidecar.postgres import seal_epochs
 from sidecar.postgres.connection import Pool, connected, open_pool, transaction
 from sidecar.postgres.errors import mapped
@@ -116,6 +118,9 @@ def confirm_backup(
 async def _sealing(here: Cli) -> AsyncIterator[tuple[Pool, Sealing]]:
     pool = await open_pool(here.settings.postgres.for_role("control"), application_name="sidecar keys")
     try:
+        async with transaction(pool) as connection:
+            # what was shredded since the backup of this database was taken must not move to a new version
+            await LedgerGate(LedgerTopic(here.settings), here.settings.deployment).check(connection)
         yield pool, Sealing(pool, SystemClock(), open_for(here.settings.kms, "control"), here.settings.kms)
     finally:
         await pool.close()
