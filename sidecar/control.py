@@ -349,7 +349,7 @@ class ControlPlane:
         notices = Notices(self._pool, self._admin, self._writer)
         self._residue = Residue(self._settings, steps, notices, self._sealing)
         flows: dict[str, Flow] = {
-            "shred": Shredding(steps, notices, self._residue),
+            "shred": Shredding(self._settings, steps, notices, self._residue),
             "rotate": Rotation(steps),
             "hold": Holding(steps),
             "release": Releasing(steps),

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from sidecar import telemetry
 from sidecar.core.command import Command, receipt_id, rfc3339
 from sidecar.core.errors import SidecarError
+from sidecar.grace import Grace
 from sidecar.notices import Notices
 from sidecar.postgres import commands, residue, shreds
 from sidecar.postgres.commands import Job
@@ -48,6 +49,7 @@ class Residue:
         self._settings, self._steps, self._notices = settings, steps, notices
         pool, admin, clock = steps.pool, steps.admin, steps.clock
         self._watches: Mapping[str, Watch] = {
+            "grace": Grace(steps),
             "view": ViewRecords(settings, pool, admin, notices, clock),
             "source": SourceRecords(admin),
             "consumers": Readers(settings, admin),
@@ -121,6 +123,8 @@ class Residue:
         stands = await commands.receipt_with(connection, command.command_id, "inaccessible")
         if stands is None or any(row.state != "done" for row in rows):
             return
+        if stands["residue"] and not rows:
+            return  # it was restored within its grace
         body = live(stands, rows)
         if not rows:  # nothing was found, anywhere
             body = body | {"irrecoverable_at": body["inaccessible_at"], "irrecoverable_reason": None}

@@ -7,7 +7,7 @@ from typing import Any, Final
 from sidecar.core.errors import AccessDenied
 from sidecar.core.model import ScopeKind
 from sidecar.ports import Clock
-from sidecar.postgres import residue, seal_epochs
+from sidecar.postgres import residue, seal_epochs, shreds
 from sidecar.postgres.connection import Pool, transaction
 from sidecar.postgres.residue import Entry, Look, Planned
 from sidecar.sealing import Sealing
@@ -21,11 +21,14 @@ LONGEST_SECONDS: Final = 300.0
 
 def plan_store(settings: Settings, facts: dict[str, Any], now: datetime) -> list[Planned]:
     """What a shred that destroyed keys leaves in the database, its log and its backups. `facts["xid"]`: the transaction that did it."""
+    kept_until = facts.get("kept_until")
     planned = [
-        Planned(kind="database", place=DEAD_ROWS, details={"xid": facts["xid"]}),
+        Planned(kind="database", place=DEAD_ROWS, details={} if kept_until else {"xid": facts["xid"]}),
         Planned(kind="wal", place=WAL),
         Planned(kind="seal_epoch", place="seal epoch", details={"reason": "next seal epoch"}),
     ]
+    if kept_until:
+        planned.append(Planned(kind="grace", place="keys in quarantine", until=datetime.fromisoformat(kept_until)))
     for place, days in _kept(settings):
         details: dict[str, Any] = {"kept_days": days} if days is not None else {"reason": "how long they are kept is not declared (backups)"}
         planned.append(Planned(kind="backup", place=place, until=None if days is None else now + timedelta(days=days), details=details))
@@ -46,7 +49,10 @@ class DeadRows:
         self._pool = pool
 
     async def act(self, entry: Entry) -> Look:
-        details = {"xid": entry.details["xid"]}
+        async with transaction(self._pool) as connection:
+            if await residue.pending(connection, entry.command_id, "grace"):
+                return Look(again=_patience(entry.attempts), details={"reason": "waits for the end of the grace"})
+            details = {"xid": entry.details.get("xid") or await shreds.own_xid(connection)}
         async with transaction(self._pool) as connection:
             held_by = await residue.old_snapshots(connection, int(details["xid"]))
         if held_by:
@@ -104,11 +110,12 @@ class SealEpoch:
 
     async def act(self, entry: Entry) -> Look:
         scope = entry.command.scope
-        if scope.kind is ScopeKind.TENANT:
-            async with transaction(self._pool) as connection:
-                dedicated = await seal_epochs.of_tenant(connection, scope.tenant)
-            if any(epoch.state != "destroyed" for epoch in dedicated):  # a KMS key that was this tenant's alone waits for no roll
-                await self._sealing().destroy_dedicated(scope.tenant, WRITER)
+        async with transaction(self._pool) as connection:
+            if await residue.pending(connection, entry.command_id, "grace"):
+                return Look(again=_patience(entry.attempts), details={"reason": "waits for the end of the grace"})
+            dedicated = await seal_epochs.of_tenant(connection, scope.tenant) if scope.kind is ScopeKind.TENANT else []
+        if any(epoch.state != "destroyed" for epoch in dedicated):  # a KMS key that was this tenant's alone waits for no roll
+            await self._sealing().destroy_dedicated(scope.tenant, WRITER)
         inaccessible_at = datetime.fromisoformat(entry.facts["inaccessible_at"])
         async with transaction(self._pool) as connection:
             at, reason = await seal_epochs.irrecoverable(connection, scope, entry.command_id, inaccessible_at)

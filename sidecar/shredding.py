@@ -1,6 +1,6 @@
 """Shred, step by step.
 
-shred   → fenced        guard, source end offsets, keys gone, fence, tenant epoch, audit: from here on nobody gets a key
+shred   → fenced        guard, source end offsets, keys gone (within a grace: in quarantine), fence, tenant epoch, audit: nobody gets a key
         → barred        instances that did not let go are fenced; then the views' log end offsets
         [→ noticed → cleared   with include_plain: notices first, then plain events deleted and their view records tombstoned]
         → inaccessible  the entry of the fence is on the ledger topic; then the receipt
@@ -11,10 +11,11 @@ What outlives the keys is residue.py's, from then on.
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any, Final, TypeVar
 
 from sidecar.core.command import Command, rfc3339
-from sidecar.core.errors import BrokerUnavailable, StoreUnavailable
+from sidecar.core.errors import BrokerUnavailable, CommandRejected, StoreUnavailable
 from sidecar.core.ledger import SourceEnd
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.kafka.admin import TopicInfo
@@ -25,6 +26,7 @@ from sidecar.postgres.connection import Connection, transaction
 from sidecar.postgres.holds import refuse_held
 from sidecar.preview import preview
 from sidecar.residue import Residue, on_receipt, reason
+from sidecar.settings import Settings
 from sidecar.steps import FINISHED, Steps, failpoint
 
 T = TypeVar("T")
@@ -38,8 +40,8 @@ OFFSETS_SECONDS: Final = 1.0
 class Shredding:
     """The flow of `shred`."""
 
-    def __init__(self, steps: Steps, notices: Notices, residue: Residue) -> None:
-        self._steps, self._notices, self._residue = steps, notices, residue
+    def __init__(self, settings: Settings, steps: Steps, notices: Notices, residue: Residue) -> None:
+        self._settings, self._steps, self._notices, self._residue = settings, steps, notices, residue
 
     async def step(self, job: Job, command: Command) -> Job:
         """Take the command's next step; -> where it then stands (`step` is FINISHED at the end)."""
@@ -59,6 +61,10 @@ class Shredding:
 
     async def _fence(self, job: Job, command: Command) -> Job:
         scope = command.scope
+        grace = self._settings.control.grace_of(command)
+        if grace and command.include_plain:
+            raise CommandRejected("grace_with_plain", "plain events are deleted for good: shred without include_plain, or without a grace")
+        kept_until = self._steps.clock.now() + timedelta(seconds=grace) if grace else None
         async with transaction(self._steps.pool) as connection:
             sources = await shreds.source_topics(connection)
         described = await asyncio.to_thread(self._steps.admin.describe, {topic for _, topic, _ in sources})
@@ -66,10 +72,12 @@ class Shredding:
             tenant = await shreds.lock_tenant(connection, scope.tenant)
             await refuse_held(connection, scope)
             ends = await self._source_ends(sources, described)
-            keys = await shreds.destroy(connection, scope, command.command_id)
+            keys = await shreds.take_keys(connection, scope, command.command_id, kept_until)
             await shreds.record_barriers(connection, command.command_id, scope.tenant, ends)
             await shreds.next_epoch(connection, scope.tenant, shredding=scope.kind is ScopeKind.TENANT)
             facts: dict[str, Any] = {"keys": keys.on_receipt(), **self._steps.terminated(scope.tenant), "xid": await shreds.own_xid(connection)}
+            if kept_until and keys.fingerprints:
+                facts["kept_until"] = kept_until.isoformat()
             if not keys.fingerprints and not await self._known(connection, scope):
                 facts["note"] = "nothing_found, fenced"
             facts |= await self._steps.audited(connection, command, f"{scope.kind}.shred", keys)

@@ -130,6 +130,15 @@ async def done_at(connection: Connection, command_id: UUID, kind: str) -> dateti
     return found
 
 
+async def pending(connection: Connection, command_id: UUID, kind: str) -> bool:
+    with mapped():
+        return bool(
+            await connection.fetchval(
+                "SELECT EXISTS (SELECT FROM residue WHERE command_id = $1 AND kind = $2 AND state = 'pending')", command_id, kind
+            )
+        )
+
+
 # ── what a view can hold of a scope ─────────────────────────────────────────────────────────────────────────────────
 
 

@@ -24,6 +24,7 @@ _STREAM_KEY_IDS = """
   UNION SELECT key_id FROM stream_key_history WHERE tenant_id = $1 AND stream_id = $2
   UNION SELECT encryption_key_id FROM streams WHERE tenant_id = $1 AND stream_id = $2 AND encryption_key_id IS NOT NULL"""
 
+_SET_ASIDE = "key_material = NULL, is_active = false, retired_at = coalesce(retired_at, now())"
 _DESTROY = "key_material = NULL, is_active = false, is_destroyed = true, destroyed_at = now()"
 
 
@@ -89,24 +90,38 @@ async def mark_shredded(connection: Connection, tenant: str) -> None:
         await connection.execute("UPDATE tenants SET state = 'shredded' WHERE tenant_id = $1 AND state = 'shredding'", tenant)
 
 
-async def destroy(connection: Connection, scope: Scope, command_id: UUID) -> Keys:
-    """Make the scope's keys unusable for ever, and fence it. Raises CommandRejected where others need one of them."""
+async def take_keys(connection: Connection, scope: Scope, command_id: UUID, kept_until: datetime | None) -> Keys:
+    """Fence the scope, and take its keys from where anybody finds them: destroyed at once, or kept in quarantine until the end of a grace.
+
+    A shred without grace ends the grace of an earlier one. Raises CommandRejected where others need one of the keys.
+    """
     if scope.kind is ScopeKind.TENANT:
-        return await _destroy_tenant(connection, scope.tenant)
+        return await _take_tenant_keys(connection, scope.tenant, command_id, kept_until)
     await refuse_shared(connection, scope)
-    if scope.kind is ScopeKind.STREAM:
-        statement = f"UPDATE encryption_keys k SET {_DESTROY} WHERE tenant_id = $1 AND key_id IN ({_STREAM_KEY_IDS}) AND NOT is_destroyed"
-    elif scope.kind is ScopeKind.SUBJECT:
-        statement = f"UPDATE encryption_keys k SET {_DESTROY} WHERE {_of_scope(scope)} AND NOT is_destroyed"
-    else:
-        # By scope, not by history: whatever a retired version was used for, it goes.
-        statement = f"""UPDATE encryption_keys k SET {_DESTROY} WHERE tenant_id = $1 AND NOT is_destroyed
-          AND (scope_kind = 'class' AND scope_id = $2
-               OR scope_kind = 'stream' AND scope_id IN (SELECT stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2))"""
+    condition = _of_scope(scope)  # by scope, not by history: whatever a retired version was used for, it goes
     with mapped():
-        await connection.execute(statement, scope.tenant, scope.id)
+        if kept_until is None:
+            await connection.execute(
+                f"""DELETE FROM quarantined_keys q USING encryption_keys k WHERE {condition}
+                      AND q.tenant_id = k.tenant_id AND q.key_id = k.key_id AND q.key_version = k.key_version""",
+                scope.tenant,
+                scope.id,
+            )
+        else:
+            await connection.execute(
+                f"""INSERT INTO quarantined_keys (command_id, tenant_id, generation, kek_version, key_id, key_version, wrapped, until, was)
+                    SELECT $3, tenant_id, generation, kek_version, key_id, key_version, key_material, $4,
+                      CASE WHEN is_active THEN 'active' ELSE 'retired' END
+                    FROM encryption_keys k WHERE {condition} AND key_material IS NOT NULL""",
+                scope.tenant,
+                scope.id,
+                command_id,
+                kept_until,
+            )
+        change = _DESTROY if kept_until is None else _SET_ASIDE
+        await connection.execute(f"UPDATE encryption_keys k SET {change} WHERE {condition} AND NOT is_destroyed", scope.tenant, scope.id)
         rows = await connection.fetch(
-            f"SELECT k.key_id, k.key_version, sha256(k.commitment) AS fingerprint FROM encryption_keys k WHERE {_of_scope(scope)} AND k.is_destroyed",
+            f"SELECT k.key_id, k.key_version, sha256(k.commitment) AS fingerprint FROM encryption_keys k WHERE {condition} AND k.key_material IS NULL",
             scope.tenant,
             scope.id,
         )
@@ -125,19 +140,27 @@ async def destroy(connection: Connection, scope: Scope, command_id: UUID) -> Key
 
 def _of_scope(scope: Scope) -> str:
     """A condition on encryption_keys k; $1 the tenant, $2 the scope's id."""
-    if scope.kind is ScopeKind.STREAM:
-        return f"k.tenant_id = $1 AND k.key_id IN ({_STREAM_KEY_IDS}) AND k.scope_kind = 'stream' AND k.scope_id = $2"
-    if scope.kind is ScopeKind.SUBJECT:
-        return "k.tenant_id = $1 AND k.scope_kind = 'subject' AND k.scope_id = $2"
+    if scope.kind in (ScopeKind.STREAM, ScopeKind.SUBJECT):
+        return f"k.tenant_id = $1 AND k.scope_kind = '{scope.kind}' AND k.scope_id = $2"
     return """k.tenant_id = $1 AND (k.scope_kind = 'class' AND k.scope_id = $2 OR k.scope_kind = 'stream'
       AND k.scope_id IN (SELECT stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2))"""
 
 
-async def _destroy_tenant(connection: Connection, tenant: str) -> Keys:
+async def _take_tenant_keys(connection: Connection, tenant: str, command_id: UUID, kept_until: datetime | None) -> Keys:
     with mapped():
-        await connection.execute(
-            "UPDATE tenant_keys SET wrapped = NULL, state = 'destroyed', destroyed_at = now() WHERE tenant_id = $1 AND state <> 'destroyed'", tenant
-        )
+        if kept_until is None:
+            await connection.execute("DELETE FROM quarantined_keys WHERE tenant_id = $1", tenant)
+            change = "wrapped = NULL, state = 'destroyed', destroyed_at = now()"
+        else:
+            await connection.execute(
+                """INSERT INTO quarantined_keys (command_id, tenant_id, generation, kek_version, wrapped, until, was)
+                   SELECT $2, tenant_id, generation, kek_version, wrapped, $3, state FROM tenant_keys WHERE tenant_id = $1 AND wrapped IS NOT NULL""",
+                tenant,
+                command_id,
+                kept_until,
+            )
+            change = "wrapped = NULL, state = 'retired'"
+        await connection.execute(f"UPDATE tenant_keys SET {change} WHERE tenant_id = $1 AND state <> 'destroyed'", tenant)
         rows = await connection.fetch("SELECT generation, kek_version, fingerprint FROM tenant_keys WHERE tenant_id = $1", tenant)
     return Keys(fingerprints=[r["fingerprint"] for r in rows], names=[f"kek/{r['generation']}/{r['kek_version']}" for r in rows])
 

@@ -30,6 +30,11 @@ BEGIN
   END IF;
   SELECT e.state INTO stands FROM seal_epochs e
     WHERE e.kms_uri = NEW.kms_uri AND e.kms_key_version = NEW.kms_key_version AND coalesce(e.tenant_id, NEW.tenant_id) = NEW.tenant_id FOR SHARE;
+  IF TG_OP = 'UPDATE' AND stands = 'retiring' THEN
+    IF NEW.kms_key_version = OLD.kms_key_version THEN
+      RETURN NEW;                                  -- back from quarantine, where the roller counted it all the while
+    END IF;
+  END IF;
   IF stands IS DISTINCT FROM 'active' THEN
     RAISE EXCEPTION 'the seal epoch is over' USING ERRCODE = '40001';
   END IF;
@@ -41,9 +46,11 @@ CREATE TRIGGER seal_epoch BEFORE INSERT OR UPDATE OF wrapped, kms_key_version ON
 -- ── shreds ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 CREATE TABLE quarantined_keys (                  -- within a grace: bytes that nobody may use, until they are destroyed
   command_id UUID NOT NULL, tenant_id TEXT NOT NULL, generation INT NOT NULL, kek_version INT,
-  key_id UUID, key_version INT, wrapped BYTEA NOT NULL, until TIMESTAMPTZ NOT NULL
+  key_id UUID, key_version INT, wrapped BYTEA NOT NULL, until TIMESTAMPTZ NOT NULL,
+  was TEXT NOT NULL CHECK (was IN ('active','retired'))         -- what it is again if the scope is brought back
 );
 CREATE INDEX quarantined_keys_command ON quarantined_keys (command_id);
+CREATE INDEX quarantined_keys_tenant ON quarantined_keys (tenant_id);
 
 CREATE TABLE residue (                           -- where copies outlive the keys: one job each, watched to its end
   command_id UUID NOT NULL, kind TEXT NOT NULL, place TEXT NOT NULL,
