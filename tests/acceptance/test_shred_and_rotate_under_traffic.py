@@ -140,14 +140,14 @@ END $$"""
 
 
 @contextmanager
-def in_process(world: World, pipeline: Callable[..., Pipeline]) -> Iterator[None]:
+def in_process(world: World, pipeline: Callable[..., Pipeline], instance: str = "one") -> Iterator[None]:
     """A data plane in a thread of this process, with a pipeline that a test has a hand in."""
     failures: list[BaseException] = []
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     async def main() -> None:
         try:
-            plane = await compose(world.settings, f"{world.name}-one", pipeline_of=pipeline)
+            plane = await compose(world.settings, f"{world.name}-{instance}", pipeline_of=pipeline)
             running.append((asyncio.get_running_loop(), asyncio.Event()))
             await plane.run(running[0][1])
         except BaseException as error:
