@@ -18,6 +18,7 @@ import orjson
 
 from sidecar import telemetry
 from sidecar.checkpoints import Checkpoints
+from sidecar.clean_up import CleanUp
 from sidecar.core.command import Command, receipt, receipt_id, stored
 from sidecar.core.errors import CommandRejected, Conflict, KmsUnavailable, LedgerBehind, SidecarError, Unavailable
 from sidecar.core.model import duration_ms
@@ -50,6 +51,7 @@ from sidecar.steps import FINISHED, WRITER, Flow, Steps, SystemClock, failpoint
 
 AT_ONCE: Final = 4
 """Commands carried out side by side, of different tenants."""
+CLEAN_UP_SECONDS: Final = 86_400.0
 POLL_SECONDS: Final = 1.0
 """How late a wake-up that got lost is made good."""
 CERTIFY_SECONDS: Final = 2.0
@@ -392,6 +394,7 @@ class ControlPlane:
         return {
             "rotate": (self._timer_seconds, self._rotate_what_is_due),
             "seal_epochs": (self._timer_seconds, self._roll_what_is_due),
+            "clean_up": (CLEAN_UP_SECONDS, self._clean_up_what_is_due),
             "checkpoint": (duration_ms(self._settings.audit.checkpoint_every) / 1000, self._checkpoints.sign),
             "residue": (POLL_SECONDS, self._look_at_residue),
             "certify": (CERTIFY_SECONDS, self._evidence.issue),
@@ -404,6 +407,10 @@ class ControlPlane:
     async def _rotate_what_is_due(self) -> None:
         if await schedule_rotations(self._settings, self._pool, self._clock):
             self._wake_executor()
+
+    async def _clean_up_what_is_due(self) -> None:
+        if (after := self._settings.control.clean_up_after) != "off":
+            await CleanUp(self._pool, self._clock).run(older_than=timedelta(milliseconds=duration_ms(after)))
 
     async def _roll_what_is_due(self) -> None:
         await self._sealing().follow_up()

@@ -265,16 +265,19 @@ class ControlSettings(_Section):
     """The longest time from a command's issued_at to its not_after."""
     grace: dict[Literal["shred"], str] = {}
     """How long what is irreversible waits, unless the command says so itself; data is inaccessible at once all the same."""
+    clean_up_after: Annotated[str, BeforeValidator(_off)] = "30d"
+    """Retired key versions that no stored event needs are destroyed this long after their rotation; `off`: only by `keys clean-up`."""
     issuer_key: Path | None = None
     """The private key that the command line signs with, unless --key or $SIDECAR_ISSUER_KEY names another."""
     signing_key: Path | None = None
     """The control plane's own private key, for ledger, certificates and checkpoints. In development it is made at the first use:
     keys/control-signing beside the configuration."""
 
-    @field_validator("max_validity")
+    @field_validator("max_validity", "clean_up_after")
     @classmethod
     def _duration(cls, value: str) -> str:
-        duration_ms(value)
+        if value != "off":
+            duration_ms(value)
         return value
 
     @field_validator("grace")

@@ -4,12 +4,15 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
 
+from sidecar.clean_up import Cleaned, CleanUp
 from sidecar.cli.context import Cli, Exit, cli, run_async, say, who
 from sidecar.core.errors import Conflict
+from sidecar.core.model import duration_ms
 from sidecar.kafka.ledger import LedgerTopic
 from sidecar.kms import open_for
 from sidecar.ledger import LedgerGate
@@ -91,6 +94,40 @@ def roll_epoch(
     if any(row["state"] == "retired" and row["backup_confirmed_at"] is None for row in found) and here.settings.kms.backup == "confirmed":
         say("next: back up database and KMS, then `sidecar keys confirm-backup`: the old version is destroyed after that, and not before")
     return Exit.DONE if wait is None or _settled(found) else Exit.PENDING
+
+
+@app.command("clean-up")
+def clean_up(
+    context: typer.Context,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant.")] = None,
+    older_than: Annotated[str, typer.Option(metavar="DURATION", help="Only versions retired longer ago than this: 30d, 12h, 0s.")] = "30d",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing, say what would be destroyed.")] = False,
+    by: By = None,
+) -> int:
+    """Destroy retired key versions that no stored event and no dead letter needs any more.
+
+    Runs here, with the control plane's database role. Exit 4: a batch under way did not let go in time, try again.
+    """
+    here, actor = cli(context), by or who()
+    try:
+        age = timedelta(milliseconds=duration_ms(older_than))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--older-than") from None
+
+    async def main() -> list[Cleaned]:
+        pool = await open_pool(here.settings.postgres.for_role("control"), application_name="sidecar keys")
+        try:
+            return await CleanUp(pool, SystemClock()).run(tenant=tenant, older_than=age, dry_run=dry_run, actor=actor)
+        finally:
+            await pool.close()
+
+    found = run_async(main())
+    names = ("key_id", "key_version", "scope_kind", "scope_id")
+    here.show(
+        [{"tenant_id": c.tenant} | {n: getattr(c.version, n) for n in names} | {"outcome": c.outcome} for c in found],
+        ("tenant_id", *names, "outcome"),
+    )
+    return Exit.PENDING if any(c.outcome == "busy" for c in found) else Exit.DONE
 
 
 @app.command("confirm-backup")
