@@ -13,6 +13,7 @@ import secrets
 import shlex
 import signal
 import sys
+from base64 import b64decode
 from collections import Counter
 from datetime import datetime
 from itertools import pairwise
@@ -224,7 +225,8 @@ class Demo:
     def _milliseconds(self, receipt: dict[str, Any]) -> int:
         """From the command's record on the control topic to this receipt's on the receipts topic."""
         bootstrap = self.stack.bootstrap_servers
-        sent = next(at for at, value in journal(bootstrap, "sidecar.control") if value["command_id"] == receipt["command_id"])
+        signed = ((at, json.loads(b64decode(envelope["payload"]))) for at, envelope in journal(bootstrap, "sidecar.control"))
+        sent = next(at for at, command in signed if command["command_id"] == receipt["command_id"])
         return next(at for at, value in self._receipts() if value["receipt_id"] == receipt["receipt_id"]) - sent
 
     def _receipts(self) -> list[tuple[int, Any]]:

@@ -1,4 +1,4 @@
-"""`sidecar init DIR`: a configuration that runs as it stands, and a development key."""
+"""`sidecar init DIR`: a configuration that runs as it stands, and development keys."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +7,7 @@ import typer
 
 from sidecar.cli.context import Exit, fail, say
 from sidecar.kms.file import create_key_file
+from sidecar.signing import create_signing_key
 
 _TEMPLATE = """\
 # Precedence: flags, then environment (SIDECAR_KAFKA__BOOTSTRAP_SERVERS, ..._FILE for a secret's file), then this file, then defaults.
@@ -44,7 +45,13 @@ views:
     key: event                        # event | stream | source
     retention: 7d
     erase_within: 1h                  # by then tombstones have taken effect
-control: {{topic: sidecar.control, receipts: sidecar.receipts, allow_unsigned: true}}   # allow_unsigned: development only
+control:
+  topic: sidecar.control
+  receipts: sidecar.receipts
+  issuer_key: ./keys/issuer           # what `sidecar shred` and the like sign with; yours alone in production
+  issuers:                            # whose signed commands are carried out; `sidecar issuer keygen` makes keys
+    - {{name: developer, public_key_file: ./keys/issuer.pub, ops: ["*"], tenants: ["*"]}}
+  signing_key: ./keys/control-signing # the control plane's own: it signs ledger and certificates
 dead_letters: {{topic: sidecar.dead-letters}}
 batch: {{max_records: 2000, max_bytes: 16MiB, max_wait_ms: 50}}
 limits: {{max_record_bytes: 1MiB, max_headers: 256, key_cache_entries: 10000, stream_heads: 10000}}
@@ -53,27 +60,29 @@ http: {{host: 127.0.0.1, port: 8080}}   # /livez /readyz /metrics; 0 takes a fre
 
 
 def write_configuration(directory: Path, *, bootstrap_servers: str, dsn: str) -> Path:
-    """Write DIR/sidecar.yaml and DIR/keys/kek. Raises FileExistsError rather than overwrite."""
+    """Write DIR/sidecar.yaml and keys in DIR/keys. Raises FileExistsError rather than overwrite."""
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "sidecar.yaml"
     if file.exists():
         raise FileExistsError(str(file))
     create_key_file(directory / "keys" / "kek")
+    for name in ("issuer", "control-signing"):
+        create_signing_key(directory / "keys" / name)
     file.write_text(_TEMPLATE.format(bootstrap_servers=bootstrap_servers, dsn=dsn))
     return file
 
 
 def init(
-    directory: Annotated[Path, typer.Argument(help="Where to write sidecar.yaml and keys/kek.")],
+    directory: Annotated[Path, typer.Argument(help="Where to write sidecar.yaml and keys/.")],
     bootstrap_servers: Annotated[str, typer.Option(help="Kafka.")] = "127.0.0.1:9092",
     dsn: Annotated[str, typer.Option(help="Postgres.")] = "postgresql:///sidecar",
 ) -> None:
-    """Write a configuration that runs as it stands, and a development key."""
+    """Write a configuration that runs as it stands, and development keys."""
     try:
         file = write_configuration(directory, bootstrap_servers=bootstrap_servers, dsn=dsn)
     except FileExistsError as error:
         fail(f"error: {error.args[-1]} is there already; nothing was changed\n  mend:  name another folder, or remove it", Exit.USAGE)
-    say(f"wrote {file} and a development key beside it\nnext:  sidecar --config {file} run")
+    say(f"wrote {file} and development keys beside it\nnext:  sidecar --config {file} run")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -154,7 +154,7 @@ def parse(raw: bytes | None, authority: Authority, *, now: datetime) -> Incoming
     issuers: tuple[str, ...] = ()
     vouched = False
     try:
-        signed, payload = _opened(raw)
+        signed, payload = opened(raw)
         outcome: Command | CommandRejected
         if signed is not None and signed.payload_type != PAYLOAD_TYPE:
             raise CommandRejected("malformed", f"the payload is no {PAYLOAD_TYPE}")
@@ -172,8 +172,8 @@ def parse(raw: bytes | None, authority: Authority, *, now: datetime) -> Incoming
     )  # fmt: skip
 
 
-def _opened(raw: bytes | None) -> tuple[Signed | None, bytes]:
-    """-> the envelope if it is one, the payload. Raises CommandRejected."""
+def opened(raw: bytes | None) -> tuple[Signed | None, bytes]:
+    """-> the envelope (None: unsigned), the payload; neither is believed yet. Raises CommandRejected."""
     document = load_json(raw)
     if not document.keys() >= dsse.FIELDS:
         return None, raw or b""
@@ -198,7 +198,7 @@ def _check_here_and_now(body: _CommandV1, authority: Authority, now: datetime) -
 
 def stored(raw: bytes) -> Command:
     """A command that was accepted before, from its record; neither its signatures nor its expiry are looked at again."""
-    return _command(_validated(load_json(_opened(raw)[1])))
+    return _command(_validated(load_json(opened(raw)[1])))
 
 
 def check(payload: bytes) -> Command:

@@ -171,11 +171,11 @@ async def tenants_waiting(connection: Connection) -> list[str]:
 
 
 async def next_job(connection: Connection, tenant: str) -> Job | None:
-    """What is to be done next for a tenant: shreds and holds before all others, in the order they came; one that was begun first of all."""
+    """What is to be done next for a tenant: shreds, holds and readmissions before all others, in the order they came; one that was begun first of all."""
     with mapped():
         row = await connection.fetchrow(
             """SELECT * FROM commands WHERE tenant_id = $1 AND finished_at IS NULL
-               ORDER BY op NOT IN ('shred', 'hold', 'release'), step IS NULL, received_at, command_id LIMIT 1""",
+               ORDER BY op NOT IN ('shred', 'hold', 'release', 'readmit'), step IS NULL, received_at, command_id LIMIT 1""",
             tenant,
         )
     return (
@@ -225,6 +225,15 @@ async def receipts(connection: Connection, *, command_id: UUID | None = None) ->
             command_id,
         )
     return [row["body"] for row in rows]
+
+
+async def refusals(connection: Connection, command_id: UUID) -> set[str]:
+    """The ids of negative receipts for records that named the command and did not become it; none once a record did."""
+    with mapped():
+        rows = await connection.fetch(
+            "SELECT receipt_id FROM receipts r WHERE command_id = $1 AND NOT EXISTS (SELECT FROM commands WHERE command_id = $1)", command_id
+        )
+    return {str(row["receipt_id"]) for row in rows}
 
 
 async def receipt(connection: Connection, identity: UUID) -> dict[str, Any] | None:

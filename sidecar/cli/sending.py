@@ -1,0 +1,129 @@
+"""How a command leaves the command line: composed, signed, published or written to a file, and its receipt waited for."""
+
+import asyncio
+import os
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+from uuid import uuid4
+
+import typer
+
+from sidecar.cli.context import Cli, Exit, run_async, say, who
+from sidecar.core import dsse
+from sidecar.core.command import PAYLOAD_TYPE, Command, check, compose, opened
+from sidecar.core.dsse import Signer
+from sidecar.core.errors import CommandRejected, MalformedRecord
+from sidecar.core.model import Scope, ScopeKind, duration_ms, identifier, tenant_id
+from sidecar.kafka.receipts import publish_command
+from sidecar.postgres import commands
+from sidecar.postgres.connection import connected
+from sidecar.settings import Settings
+from sidecar.signing import load_signer
+
+VALID_FOR = timedelta(days=1)
+KEY_VARIABLE = "SIDECAR_ISSUER_KEY"
+_FINAL = {"shred": ("inaccessible", "complete", "done", "rejected", "failed")}
+_NOT_ALLOWED = ("unsigned", "bad_signature", "unknown_issuer", "not_permitted", "approvals_missing", "legal_hold")
+
+Tenant = Annotated[str, typer.Option(help="Whose data.")]
+Stream = Annotated[str | None, typer.Option(help="Only this stream of the tenant.")]
+Class = Annotated[str | None, typer.Option("--class", help="Only the streams of this class.")]
+Subject = Annotated[str | None, typer.Option(help="Only the events of this person.")]
+Reason = Annotated[str, typer.Option(help="Why; goes with the command. Name no data subject in it.")]
+Wait = Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Wait for the receipt; exit 4 if it does not come in time.")]
+RequestedBy = Annotated[str | None, typer.Option(help="Who asks; user@host by default.")]
+Ticket = Annotated[str | None, typer.Option(help="Your reference.")]
+Key = Annotated[Path | None, typer.Option(help=f"The private key to sign with; else ${KEY_VARIABLE}, else control.issuer_key.")]
+Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Send nothing: write the command there, for others to sign (`sidecar command`).")]
+
+
+def scope_of(tenant: str, stream: str | None, stream_class: str | None, subject: str | None) -> Scope:
+    named = {ScopeKind.STREAM: stream, ScopeKind.CLASS: stream_class, ScopeKind.SUBJECT: subject}
+    given = [(kind, text) for kind, text in named.items() if text is not None]
+    if len(given) > 1:
+        raise typer.BadParameter("one of --stream, --class and --subject")
+    try:
+        whose = tenant_id(tenant)
+        for kind, text in given:
+            return Scope(tenant=whose, kind=kind, id=identifier(text.encode("utf-8", "replace"), kind.value))
+    except MalformedRecord as error:
+        raise typer.BadParameter(str(error)) from None
+    return Scope.of_tenant(whose)
+
+
+def signer_of(where: Cli, key: Path | None) -> Signer | None:
+    """None if no key is named anywhere. Raises ConfigurationError."""
+    named = key or os.environ.get(KEY_VARIABLE) or where.settings.control.issuer_key
+    return load_signer(Path(named)) if named else None
+
+
+def send(
+    where: Cli, op: str, scope: Scope, *, reason: str, requested_by: str | None, ticket: str | None, key: Path | None, out: Path | None,
+    wait: float | None, options: dict[str, Any],
+) -> int:  # fmt: skip
+    """A new command, on its way or in a file; -> the exit code. One for a file may take its time: it is valid as long as the deployment allows."""
+    now, command_id = datetime.now(UTC), uuid4()
+    control = where.settings.control
+    valid_for = VALID_FOR if out is None else timedelta(milliseconds=duration_ms(control.max_validity))
+    payload = compose(
+        command_id=command_id, audience=where.settings.deployment, op=op, scope=scope, reason=reason, requested_by=requested_by or who(),
+        ticket=ticket, issued_at=now, not_after=now + valid_for, options=options,
+    )  # fmt: skip
+    try:
+        command = check(payload)
+    except CommandRejected as error:
+        raise typer.BadParameter(str(error)) from None
+    signer = signer_of(where, key)
+    value = dsse.sign(PAYLOAD_TYPE, payload, [signer]).to_bytes() if signer else payload
+    if out is None:
+        return publish(where, command, value, wait)
+    out.write_bytes(value)
+    where.show({"command_id": str(command_id), "file": str(out), "signatures": [signer.key_id] if signer else []})
+    return Exit.DONE
+
+
+def read_file(file: Path) -> tuple[Command, dsse.Signed | None, bytes]:
+    """-> the command in a file that `--out` wrote, its envelope (None: not signed yet), its payload."""
+    try:
+        signed, payload = opened(file.read_bytes())
+        return check(payload), signed, payload
+    except OSError as error:
+        raise typer.BadParameter(f"{file}: {error.strerror}") from None
+    except CommandRejected as error:
+        raise typer.BadParameter(f"{file} holds no command: {error}") from None
+
+
+def publish(where: Cli, command: Command, value: bytes, wait: float | None) -> int:
+    """-> the exit code."""
+    if wait is None:
+        publish_command(where.settings, command.scope.tenant, value)
+        where.show({"command_id": str(command.command_id)})
+        return Exit.DONE
+    final = _FINAL.get(command.op, ("done", "rejected", "failed"))
+    found = run_async(_publish_and_wait(where.settings, command, value, final, wait))
+    where.show(found or {"command_id": str(command.command_id)})
+    if found is None or found["status"] not in final:
+        say(f"no final receipt within {wait:g} s; `sidecar receipts get {command.command_id}` shows it when it comes")
+        return Exit.PENDING
+    if found["status"] in ("rejected", "failed"):
+        error = found["error"] or {}
+        say(f"{found['status']}: {error.get('message')} ({error.get('code')})")
+        return Exit.DENIED if error.get("code") in _NOT_ALLOWED else Exit.FAILED
+    return Exit.DONE
+
+
+async def _publish_and_wait(settings: Settings, command: Command, value: bytes, final: tuple[str, ...], wait: float) -> dict[str, Any] | None:
+    """The newest receipt, final or what there is when the time is up."""
+    async with connected(settings.postgres.for_role("reader"), application_name="sidecar cli") as connection:
+        earlier = await commands.refusals(connection, command.command_id)
+        await asyncio.to_thread(publish_command, settings, command.scope.tenant, value)
+        deadline = time.monotonic() + wait
+        while True:
+            found = await commands.receipt(connection, command.command_id)
+            if found is not None and found["receipt_id"] in earlier:
+                found = None  # of a record with fewer signatures
+            if (found is not None and found["status"] in final) or time.monotonic() > deadline:
+                return found
+            await asyncio.sleep(0.02)
