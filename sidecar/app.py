@@ -103,6 +103,7 @@ async def compose(settings: Settings, instance_id: str, *, pipeline_of: Callable
         ledger=LedgerGate(LedgerTopic(settings, admin), settings.deployment, records=True),
         clock=SystemClock(),
     )
+    telemetry.key_cache_entries.set_function(ports.streams.ciphers)
     pipeline = pipeline_of(ports)
     source = KafkaSource(settings, instance_id, on_assigned=pipeline.assigned, on_revoked=pipeline.revoked)
     claimer.source = source

@@ -112,6 +112,8 @@ class Ciphers:
 def open_row(row: Any, ciphers: Ciphers) -> Event:
     """The event of a row. Raises KeyShredded, UnknownKey, AuthenticationFailed, MalformedEnvelope, UnsupportedEnvelope."""
     sealed = row["data_encrypted"]
+    if row["stream_type_class"] is None:
+        raise AuthenticationFailed("a row of a stream that is not on record: whether it may be plain cannot be told")
     if sealed is None:
         if row["is_encrypted"] and row["stream_position"] >= (row["encrypted_from_position"] or 1):
             raise AuthenticationFailed("plaintext stands in an encrypted stream")

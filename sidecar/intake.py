@@ -32,7 +32,12 @@ class Intake:
         limits = self._limits
         max_bytes, max_headers = int(limits.max_record_bytes), limits.max_headers
         extractors: dict[str, Extractor] = {}
+        for at, (first, end) in work.batch.vanished.items():
+            if (lease := owned.get(at)) is not None:
+                work.ends[at], work.replays[at] = (lease, end), [first, end]
         items = work.items
+        tenant: str | None
+        named: bytes | None
         for number, message in enumerate(cast(list[Any], work.batch.messages)):  # the stubs make every coordinate optional
             if not number % YIELD_EVERY_RECORDS:
                 await asyncio.sleep(0)  # the batch in flight goes on meanwhile
@@ -49,7 +54,7 @@ class Intake:
                 continue
             extractor = extractors.get(topic) or extractors.setdefault(topic, self._extractor_of(topic))
             value, key = message.value(), message.key()
-            tenant: str | None = None
+            tenant, named = None, None
             try:
                 headers: Headers = message.headers() or ()
                 if len(headers) > max_headers:
@@ -57,19 +62,20 @@ class Intake:
                 by_name = dict(headers)
                 raw_tenant, raw_stream, raw_type, raw_id = extractor.raw(topic, partition, offset, key, value, by_name)
                 tenant = self._tenant(topic, extractor, raw_tenant)
-                if len(value or b"") + len(key or b"") > max_bytes:
-                    raise MalformedRecord("over the limit", reason="too_large")
                 stream = raw_stream or b""
                 if self._streams.tenants.get(raw_tenant or b"") is None or not self._in_hand(raw_tenant or b"", stream):
                     extractor.check_stream(stream)
+                named = stream
+                if len(value or b"") + len(key or b"") > max_bytes:
+                    raise MalformedRecord("over the limit", reason="too_large")
                 type_lp = self._types.get(raw_type or b"") or self._type(extractor, raw_type)
                 extractor.check_message_id(raw_id)
                 timestamp_ms = message.timestamp()[1]
             except RecordError as error:
-                work.faulty.append(Faulty(lease, offset, error.reason, tenant, value, projected))
+                work.faulty.append(Faulty(lease, offset, error.reason, tenant, named, value, projected))
                 continue
             except (SystemError, UnicodeDecodeError):  # a header's name is no UTF-8: confluent_kafka cannot say it
-                work.faulty.append(Faulty(lease, offset, MalformedRecord.reason, None, value, projected))
+                work.faulty.append(Faulty(lease, offset, MalformedRecord.reason, None, None, value, projected))
                 continue
             occurred_us = occurred_at(by_name, timestamp_ms)
             items.append(

@@ -63,7 +63,7 @@ class Partitions:
             self.waiting.discard(partition)
             if claimed is not None:
                 self.owned[partition], starts[partition] = claimed
-        return starts and {at: min(lease.staged, lease.projected) for at, lease in self.owned.items()} | starts
+        return starts and {at: max(min(lease.staged, lease.projected), lease.low) for at, lease in self.owned.items()} | starts
 
 
 class Sources:
@@ -129,9 +129,9 @@ class Claimer:
                     return None
                 committed = stored if settings.on_lost_offsets == "store" else low
         epoch, stored = await leases.claim(connection, source_id, number, self._instance_id, start)
-        if min(stored, committed) < low:
+        if stored < low:
             telemetry.log.error(
-                "records were deleted from the source before they were read",
-                extra={"action": "claim", "topic": topic, "partition": number, "from": min(stored, committed), "to": low},
+                "records were deleted from the source before they were stored: they are lost",
+                extra={"action": "claim", "topic": topic, "partition": number, "from": stored, "to": low},
             )
-        return Lease(topic, number, source_id, epoch, stored, committed, stored), max(min(stored, committed), low)
+        return Lease(topic, number, source_id, epoch, stored, committed, stored, low), max(min(stored, committed), low)

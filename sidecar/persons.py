@@ -1,7 +1,7 @@
 """Whose a record is, where policy seals each person's events under a key of that person.
 
-A record that names nobody is a dead letter, its value sealed under the tenant's key: under the stream's it would look like any other event,
-and a shred of the person would leave it readable without anybody knowing (docs/adr/0007).
+A record that names nobody is a dead letter without its value: under a key of the stream or the tenant it would look like any other event,
+and a shred of the person would leave it readable without anybody knowing (docs/adr/0005, 0007).
 """
 
 from sidecar import telemetry
@@ -36,7 +36,7 @@ class Persons:
                 name = subject_of(by.subject, item.lease.topic, item.key, item.value, dict(item.headers))
             except MalformedRecord as error:
                 nobodys.add(id(item))
-                work.faulty.append(Faulty(item.lease, item.offset, error.reason, tenant.id, item.value, item.projected))
+                work.faulty.append(Faulty(item.lease, item.offset, error.reason, tenant.id, item.stream, item.value, item.projected))
                 continue
             named.append((item, tenant, name, by.suite))
             if self._streams.find_subject(tenant, name, by.suite) is None:

@@ -17,7 +17,7 @@ from sidecar.core.envelope import NO_FIELD, Sealer, event_aad
 from sidecar.core.errors import Conflict, KeyUnavailable, RecordError, SidecarError, Unavailable
 from sidecar.core.extract import Extractor
 from sidecar.core.policy import Classifier, PolicySet
-from sidecar.core.streams import SealingKey, Tenant, Touch
+from sidecar.core.streams import SealingKey, Stream, Tenant, Touch
 from sidecar.core.view import attributes, frame
 from sidecar.dead_letters import DeadLetters
 from sidecar.event_store import Ciphers
@@ -135,6 +135,7 @@ class Pipeline:
             self._drop_forgotten()
             if starts := await self.partitions.claim():
                 self._rewinds += 1
+                await self._project_vanished(source)
                 await source.start(starts)
         if self._fetching is None:
             self._fetching = asyncio.create_task(source.next_batch())
@@ -153,6 +154,18 @@ class Pipeline:
             self._inflight_work = work
             self._inflight = asyncio.create_task(self._commit(work))
         self.ports.streams.age()
+
+    async def _project_vanished(self, source: KafkaSource) -> None:
+        """What was stored and not projected when its source records went (retention, DeleteRecords): the store alone has it."""
+        for at, lease in list(self.owned.items()):
+            while self.owned.get(at) is lease and lease.projected < (gone := min(lease.low, lease.stored)):
+                end = await self._replay.chunk_end(lease, lease.projected, gone)
+                await source.idle(0.01)
+                work = await self._prepare(Batch([], await source.group_metadata(), self._rewinds, {at: (lease.projected, end)}))
+                try:
+                    await self._commit(work)
+                except Redo as redo:
+                    await self._redo(work, redo)
 
     async def _settle(self, ahead: Work | None) -> bool:
         """Wait for the batch in flight. If it must be sealed again, do so until it holds; True: what was sealed ahead is void."""
@@ -293,12 +306,14 @@ class Pipeline:
                 if not tenant.exists:
                     work.fresh.tenants.append(tenant.id)
                     tenant.exists = True  # staged: discarded with the batch
-            if tenant.refusal is None:
+            if tenant.refusal_of(item.lease.source_id, item.lease.partition, item.offset, None) is None:
                 item.place = streams.find(tenant, item.stream)
                 if item.place is None:
                     unplaced.append(item)
                     if (item.tenant, item.stream) not in touches:
                         touches[item.tenant, item.stream] = self._touch(tenant, item)
+        if work.faulty:
+            touches = await self._dead_letters.touches(work) | touches
         if touches:
             await streams.load_streams(list(touches.values()), policies, work.fresh)
             for item in unplaced:
@@ -343,12 +358,13 @@ class Pipeline:
             if not number % YIELD_EVERY_RECORDS:
                 await asyncio.sleep(0)
             tenant, lease, stream, subject = tenants[item.tenant], item.lease, item.place, item.subject
-            refusal = tenant.refusal if stream is None else stream.refusal
-            if refusal is None and subject is not None:
-                refusal = subject.refusal
-            if stream is None or refusal is not None:
-                work.refusals.append(Refusal(lease.source_id, lease.partition, item.offset, tenant.id, refusal or "policy_refuse"))
-                continue
+            if stream is None or stream.refusal is not None or tenant.barriers or (subject is not None and subject.refusal is not None):
+                refusal = tenant.refusal_of(lease.source_id, lease.partition, item.offset, stream, subject)
+                if stream is None or refusal is not None:
+                    work.refusals.append(Refusal(lease.source_id, lease.partition, item.offset, tenant.id, refusal or "policy_refuse"))
+                    continue
+            if stream.source is not lease:
+                _note_source(stream, lease)
             if stream not in undo:
                 undo[stream] = stream.head
             stream.head = position = stream.head + 1
@@ -432,11 +448,13 @@ class Pipeline:
         for at, (lease, end) in work.ends.items():
             if at in offsets:
                 lease.projected = end
+        for view, count in self.ports.views.counted(outgoing):
+            telemetry.events_projected.labels(view).inc(count)
 
     async def _without(self, outgoing: list[Outgoing], origins: list[Any]) -> list[Outgoing]:
         """Records that the view's topic does not take: stored, but dead letters instead of view records."""
-        refused = {(lease.topic, lease.partition, offset) for lease, offset, _ in origins if lease is not None}
-        await self.ports.session.note_view_too_large([(lease, offset, tenant) for lease, offset, tenant in origins if lease is not None])
+        refused = {(lease.topic, lease.partition, offset) for lease, offset, _ in origins}
+        await self.ports.session.note_view_too_large(origins)
         kept = [o for o in outgoing if o.origin is None or (o.origin[0].topic, o.origin[0].partition, o.origin[1]) not in refused]
         return kept + [self._dead_letters.record(at, "view_too_large") for at in sorted(refused)]
 
@@ -452,3 +470,10 @@ class Pipeline:
             telemetry.refusals.labels(refusal.reason).inc()
         for row in work.fresh.deks:
             telemetry.keys_created.labels(row.name.scope.kind.value).inc()
+
+
+def _note_source(stream: Stream, lease: Lease) -> None:
+    """A stream belongs on one partition: on several its positions are still free of gaps, but in commit order."""
+    before, stream.source = stream.source, lease
+    if before is not None and (before.source_id, before.partition) != (lease.source_id, lease.partition):
+        telemetry.streams_on_several_partitions.inc()

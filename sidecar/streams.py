@@ -26,6 +26,13 @@ class Streams:
         self._max, self._young = max(max_streams // 2, 1), 0
         self.tenants: dict[bytes, Tenant] = {}
 
+    def ciphers(self) -> int:
+        """How many are in hand."""
+        held = self.tenants.values()
+        keys = {stream.key for tenant in held for stream in (*tenant.streams.values(), *tenant.aged.values())}
+        persons = (person.key for tenant in held for person in (*tenant.subjects.values(), *tenant.aged_subjects.values()))
+        return len(keys.union(*(tenant.shared.values() for tenant in held), persons) - {None})
+
     def find(self, tenant: Tenant, raw: bytes) -> Stream | None:
         stream = tenant.streams.get(raw)
         if stream is None and (stream := tenant.aged.pop(raw, None)) is not None:
@@ -80,6 +87,11 @@ class Streams:
                 epoch=row["epoch"] if row else 1,
                 erased_classes=frozenset(row["erased_classes"] if row else ()),
             )
+        # Read after the tenants: a shred in between moved the epoch, so the batch is not stored with what is missing here.
+        shredded_once = {row["tenant_id"] for row in rows if row["has_barriers"]}
+        for barrier in await self.store.barriers(sorted(shredded_once)) if shredded_once else ():
+            of_scope = self.tenants[barrier["tenant_id"].encode()].barriers.setdefault((barrier["scope_kind"], barrier["scope_id"]), {})
+            of_scope[barrier["source_id"], barrier["partition"]] = barrier["end_offset"]
         for record in rows:
             if record["kek_version"] is not None and record["state"] == TenantState.ACTIVE:
                 tenant = self.tenants[record["tenant_id"].encode()]

@@ -1,14 +1,18 @@
 """Projection: which views want a stream's events, and the records that they get."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from operator import itemgetter
 from typing import Any
 
 from sidecar.core.model import Event, Headers, duration_ms
 from sidecar.core.view import view_headers, view_key, view_partition
 from sidecar.kafka.producer import Outgoing
 from sidecar.settings import ViewSettings
+
+_TOPIC = itemgetter(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +28,16 @@ class Views:
 
     def __init__(self, views: Sequence[View]) -> None:
         self._views = list(views)
+        self._names = {v.settings.topic: v.settings.name for v in views}
         self._routes: dict[tuple[str, str, str], tuple[View, ...]] = {}
         self._by_tenant = any(v.settings.match.tenants != ["*"] for v in views)
 
     def __bool__(self) -> bool:
         return bool(self._views)
+
+    def counted(self, records: Iterable[Outgoing]) -> list[tuple[str, int]]:
+        """How many of the records are whose view's."""
+        return [(self._names[topic], n) for topic, n in Counter(map(_TOPIC, records)).items() if topic in self._names]
 
     def matching(self, topic: str, stream_class: str, tenant: str) -> tuple[View, ...]:
         at = (topic, stream_class, tenant if self._by_tenant else "")

@@ -46,12 +46,13 @@ class Item:
 
 @dataclass(slots=True)
 class Faulty:
-    """A record that becomes a dead letter. `tenant` only where it is valid."""
+    """A record that becomes a dead letter. `tenant` and `stream` only where they are valid."""
 
     lease: Lease
     offset: int
     reason: str
     tenant: str | None
+    stream: bytes | None
     value: bytes | None
     projected: bool
 

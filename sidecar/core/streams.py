@@ -1,6 +1,7 @@
 """Tenants and streams as a batch sees them: heads, sealing keys, and what it makes anew. Values; `sidecar.streams` fills them."""
 
 from dataclasses import dataclass, field
+from typing import Any
 from uuid import UUID
 
 from sidecar.core.aead import Cipher, Suite
@@ -28,6 +29,10 @@ class SealingKey:
     """How much of `uses` is set aside for this instance and not used yet."""
 
 
+Barriers = dict[tuple[int, int], int]
+"""(source id, partition) → where the log ended when a scope was shredded. What stands below is refused for ever, also after a readmission."""
+
+
 @dataclass(slots=True, eq=False)
 class Stream:
     """A stream's head and key. `head` is the last position given out, staged ones included."""
@@ -44,6 +49,8 @@ class Stream:
     """The key whose use is on record, up to now and from here on."""
     turns: bool = False
     """The next use that is noted changes the stream's row: it is there, and says otherwise."""
+    source: Any = None
+    """The lease of the partition that its last record came from."""
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +76,8 @@ class Tenant:
     generation: int
     epoch: int
     erased_classes: frozenset[str]
+    barriers: dict[tuple[str, str], Barriers] = field(default_factory=dict)
+    """By scope kind and id; of a tenant that was never readmitted, nor a scope in it, there are none."""
     keks: dict[int, Kek] = field(default_factory=dict, repr=False)
     streams: dict[bytes, Stream] = field(default_factory=dict, repr=False)
     aged: dict[bytes, Stream] = field(default_factory=dict, repr=False)
@@ -79,6 +88,26 @@ class Tenant:
     @property
     def refusal(self) -> str | None:
         return None if self.state == TenantState.ACTIVE else "tenant_shredded"
+
+    def refusal_of(self, source_id: int, partition: int, offset: int, stream: Stream | None, subject: Subject | None = None) -> str | None:
+        """Why a record is refused, or None; without `stream` as far as the tenant alone decides."""
+        if self.refusal is not None:
+            return self.refusal
+        if self.is_late(ScopeKind.TENANT, self.id, source_id, partition, offset):
+            return "tenant_shredded"
+        if stream is None or stream.refusal is not None:
+            return None if stream is None else stream.refusal
+        if subject is not None and subject.refusal is not None:
+            return subject.refusal
+        scopes = [(ScopeKind.CLASS, stream.stream_class), (ScopeKind.STREAM, stream.id)]
+        if subject is not None:
+            scopes.append((ScopeKind.SUBJECT, subject.id))
+        return "scope_erased" if any(self.is_late(kind, id, source_id, partition, offset) for kind, id in scopes) else None
+
+    def is_late(self, kind: ScopeKind, id: str, source_id: int, partition: int, offset: int) -> bool:
+        """Did the record stand in its topic when this scope was shredded?"""
+        barriers = self.barriers.get((kind, id))
+        return barriers is not None and offset < barriers.get((source_id, partition), 0)
 
     def forget(self) -> None:
         for kek in self.keks.values():

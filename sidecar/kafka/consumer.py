@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
@@ -38,11 +38,15 @@ class InstanceReplaced(SidecarError):
 
 @dataclass(slots=True)
 class Batch:
-    """Records as they came, and the group metadata of the moment they came: the only one their offsets may be committed with."""
+    """Records as they came, and the group metadata of the moment they came: the only one their offsets may be committed with.
+
+    `vanished` has ranges of offsets whose records are not in the topic any more, but in the store.
+    """
 
     messages: list[Message]
     group_metadata: Any
     rewinds: int
+    vanished: Mapping[Partition, tuple[int, int]] = field(default_factory=dict)
 
 
 class KafkaSource:
@@ -162,7 +166,10 @@ class KafkaSource:
             raise self._fatal(error)
 
     def _check(self, error: KafkaError) -> None:
-        """Most errors are news that the client acts on by itself; a fatal one ends it."""
+        """Most errors are news that the client acts on by itself; a fatal one ends it, and records that went before they were read
+        (retention) would leave their partition standing: whoever reads it claims it again, from where it begins now."""
+        if error.code() == KafkaError._AUTO_OFFSET_RESET:
+            raise BrokerUnavailable("Kafka: records are gone before they were read")
         if error.fatal() or error.code() in (KafkaError._FATAL, KafkaError.FENCED_INSTANCE_ID):
             raise self._fatal(error)
 
@@ -226,14 +233,14 @@ class KafkaSource:
         for (topic, partition), offset in offsets.items():
             self._seek(TopicPartition(topic, partition, offset))
         with mapped():
-            self._consumer.resume([TopicPartition(t, p) for t, p in offsets])
+            self._consumer.resume([TopicPartition(*at) for at in offsets if self._holds(at)])
         self._paused -= set(offsets)
 
     def _seek(self, target: TopicPartition) -> None:
         """Right after an assignment the client may not know the partition yet: it says so, and does a moment later. One whose topic was
-        made again it never finds by itself: that is assigned anew, where it is to be read from."""
+        made again it never finds by itself: that is assigned anew, where it is to be read from. One that is revoked meanwhile is passed over."""
         begun = time.monotonic()
-        while True:
+        while self._holds((target.topic, target.partition)):
             try:
                 self._consumer.seek(target)
                 return
@@ -246,6 +253,10 @@ class KafkaSource:
                     self._consumer.incremental_assign([target])
                 return
             self._consumer.poll(0.02)
+
+    def _holds(self, partition: Partition) -> bool:
+        with mapped():
+            return partition in {(tp.topic, tp.partition) for tp in self._consumer.assignment()}
 
     async def committed(self, partitions: Iterable[Partition]) -> dict[Partition, int | None]:
         """The group's committed offsets; None where there is none."""
@@ -280,6 +291,10 @@ class KafkaSource:
                 self._consumer.commit(offsets=[TopicPartition(*partition, offset)], asynchronous=False)
 
         await self._call(commit)
+
+    async def group_metadata(self) -> Any:
+        """Of this moment. What is owned when this returns may be committed with it."""
+        return await self._call(self._consumer.consumer_group_metadata)
 
     async def assignment(self) -> list[Partition]:
         def read() -> list[Partition]:

@@ -8,10 +8,12 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 
+from sidecar import telemetry
 from sidecar.core.errors import BrokerUnavailable, ConfigurationError
 from sidecar.core.model import Headers
 from sidecar.kafka.client import FENCED_CODES, OutcomeUnknown, ProducerFenced, client_config, translate
@@ -51,6 +53,9 @@ class TransactionalProducer:
         self._settings, self._id = settings, settings.transactional_id(instance_id)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kafka-views")
         self._producer: Producer | None = None
+        self._singly = False
+        """Each record in a batch of its own: the broker refuses whole batches, and does not say for which record's sake."""
+        self._refused: list[Any] = []
         self.left_behind = 0
         """Threads that a call of librdkafka may still hold."""
 
@@ -77,7 +82,10 @@ class TransactionalProducer:
                     "queue.buffering.max.kbytes": 262_144,
                     "message.max.bytes": int(self._settings.limits.max_record_bytes) + 65_536,
                     "compression.type": "lz4",
+                    "delivery.report.only.error": True,
+                    "on_delivery": self._undelivered,
                 }
+                | ({"batch.num.messages": 1} if self._singly else {})
                 | dict(self._settings.kafka.client),
             )
         )
@@ -103,6 +111,7 @@ class TransactionalProducer:
         producer = self._producer
         if producer is None:
             raise OutcomeUnknown("Kafka: the producer is not open")
+        self._refused.clear()
         try:
             producer.begin_transaction()
             too_large = self._produce(producer, records)
@@ -114,16 +123,34 @@ class TransactionalProducer:
                 producer.send_offsets_to_transaction(positions, group_metadata, COMMIT_SECONDS)
             producer.commit_transaction(COMMIT_SECONDS)
         except KafkaException as error:
-            raise self._failed(producer, error.args[0]) from None
+            failed = self._failed(producer, error.args[0])
+            raise self._found_too_large() if self._refused and not isinstance(failed, ProducerFenced) else failed from None
+
+    def _undelivered(self, error: KafkaError, _message: Any, origin: Any = None) -> None:
+        """The broker did not take a record; called in the thread of `emit`, for failures alone."""
+        if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+            self._refused.append(origin)
+
+    def _found_too_large(self) -> TooLarge:
+        """A topic takes less than the client may send. Which records are too large shows when each is sent by itself: from now on."""
+        if self._singly:
+            return TooLarge([origin for origin in self._refused if origin is not None])
+        self._singly = True
+        telemetry.log.warning(
+            "a view's topic takes less than a batch: records are sent one by one; raise its max.message.bytes", extra={"action": "project"}
+        )
+        self._reopen()
+        return TooLarge([])
 
     def _produce(self, producer: Producer, records: Iterable[Outgoing]) -> list[Any]:
         """Hand the records to the client; answers the origins of those that it refuses as too large."""
         too_large: list[Any] = []
         produce = producer.produce
         for topic, partition, key, value, headers, origin in records:
+            more: dict[str, Any] = {"on_delivery": partial(self._undelivered, origin=origin)} if self._singly else {}
             while True:
                 try:
-                    produce(topic, value, key, partition, headers=cast(Any, headers))
+                    produce(topic, value, key, partition, headers=cast(Any, headers), **more)
                     break
                 except BufferError:
                     producer.poll(0.1)

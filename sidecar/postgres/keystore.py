@@ -15,6 +15,7 @@ _TENANTS = """
 SELECT t.tenant_id, t.state, t.generation, t.epoch,
   ARRAY(SELECT e.scope_id FROM erased_scopes e
         WHERE e.tenant_id = t.tenant_id AND e.scope_kind = 'class' AND e.readmitted_at IS NULL) AS erased_classes,
+  t.generation > 1 OR EXISTS (SELECT FROM erased_scopes e WHERE e.tenant_id = t.tenant_id AND e.readmitted_at IS NOT NULL) AS has_barriers,
   k.kek_version, k.kms_uri, k.kms_key_version, k.wrapped, k.fingerprint, k.dedicated
 FROM tenants t LEFT JOIN tenant_keys k ON k.tenant_id = t.tenant_id AND k.generation = t.generation AND k.state <> 'destroyed'
 WHERE t.tenant_id = ANY ($1)"""
@@ -30,6 +31,13 @@ FROM unnest($1::text[], $2::text[]) x(t, s)
 LEFT JOIN streams st ON st.tenant_id = x.t AND st.stream_id = x.s
 LEFT JOIN LATERAL (SELECT k.key_id, k.key_version FROM stream_key_history k
   WHERE k.tenant_id = x.t AND k.stream_id = x.s ORDER BY k.used_from_position DESC LIMIT 1) h ON true"""
+
+# A shred whose command is not among the erased scopes was the tenant's.
+_BARRIERS = """
+SELECT b.tenant_id, coalesce(e.scope_kind, 'tenant') AS scope_kind, coalesce(e.scope_id, b.tenant_id) AS scope_id,
+  b.source_id, b.partition, max(b.end_offset) AS end_offset
+FROM shred_barriers b LEFT JOIN erased_scopes e ON e.tenant_id = b.tenant_id AND e.command_id = b.command_id
+WHERE b.tenant_id = ANY ($1) GROUP BY 1, 2, 3, 4, 5"""
 
 # Of the tenant's present generation: one that was readmitted has keys of older ones that look as if they lived.
 _NEWEST = """(SELECT * FROM encryption_keys e WHERE e.tenant_id = x.t AND e.scope_kind = x.kind AND e.scope_id = x.id
@@ -75,6 +83,10 @@ class KeyStore:
     async def tenants(self, ids: Sequence[str]) -> list[Any]:
         """A row per tenant and KEK of its generation that is not destroyed; a tenant without one has a row with kek_version NULL."""
         return await self.fetch(_TENANTS, ids)
+
+    async def barriers(self, tenants: Sequence[str]) -> list[Any]:
+        """Per shredded scope, source and partition: where the log ended then."""
+        return await self.fetch(_BARRIERS, tenants)
 
     async def streams(self, wanted: Sequence[tuple[str, str]]) -> list[Any]:
         return await self.fetch(_STREAMS, [t for t, _ in wanted], [s for _, s in wanted])

@@ -9,7 +9,10 @@ from sidecar.postgres.errors import mapped
 
 @dataclass(slots=True)
 class Lease:
-    """A partition in hand. Offsets are the next ones: `stored` in Postgres, `projected` in Kafka, `staged` by batches under way."""
+    """A partition in hand. Offsets are the next ones: `stored` in Postgres, `projected` in Kafka, `staged` by batches under way.
+
+    `low` is where the topic began when the lease was taken: what is below can be had from the store alone.
+    """
 
     topic: str
     partition: int
@@ -18,6 +21,7 @@ class Lease:
     stored: int
     projected: int
     staged: int
+    low: int = 0
 
 
 async def register_source(connection: Connection, topic: str, topic_id: str) -> tuple[int, bool]:

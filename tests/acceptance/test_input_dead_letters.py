@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.core.aead import Cipher, Suite
+from sidecar.core.aead import Cipher
 from sidecar.core.envelope import PREFIX_BYTES, dead_letter_aad, open_envelope, parse_header
 from sidecar.keys import KeyManagement, dek_row, kek_row, open_dek
 from sidecar.kms import open_for
@@ -166,10 +166,37 @@ def test_a_topic_speaks_only_for_the_tenants_that_it_was_given(shared: World) ->
 
 
 def test_a_record_over_the_limit_is_sealed_and_not_projected(shared: World) -> None:
-    shared.event(shared.topic("in"), b"v", stream="aes-first")
+    shared.event(shared.topic("in"), b"v", stream="aes-dead", partition=0)
+    shared.settle()
     value = secrets.token_bytes(2**20 + 1)
     row = dead(shared, shared.topic("in"), value, identity(), "too_large")
     assert opened(shared, row) == value
+
+
+@pytest.mark.parametrize(
+    ("stream", "scope"),
+    [
+        ("aes-dl", ("stream", "aes-dl")),
+        ("class-dl", ("class", "PerClass")),
+        ("tenant-dl", ("tenant", "acme")),
+        ("cart-dl", None),
+        ("aes-never-seen", None),
+    ],
+)
+def test_a_dead_letter_of_a_known_stream_is_sealed_as_the_stream_is_or_keeps_no_value(
+    shared: World, stream: str, scope: tuple[str, str] | None
+) -> None:
+    if stream != "aes-never-seen":
+        shared.event(shared.topic("in"), b"v", stream=stream, partition=0)
+        shared.settle()
+    row = dead(shared, shared.topic("in"), b"secret", identity(ce_streamid=stream.encode(), ce_id=b"\n"), "malformed")
+    if scope is None:
+        assert row["value_encrypted"] is None
+    else:
+        assert opened(shared, row) == b"secret"
+        key = parse_header(bytes(row["value_encrypted"]))
+        (found,) = shared.sql("SELECT scope_kind, scope_id FROM encryption_keys WHERE (key_id, key_version) = ($1, $2)", key.key_id, key.key_version)
+        assert (tuple(found), key.scope_kind.value) == (scope, scope[0])
 
 
 def test_ten_thousand_headers_are_too_many(shared: World) -> None:
@@ -233,7 +260,7 @@ def test_a_ten_megabyte_value_goes_through_with_the_limits_raised(make_world: Ca
 
 
 def opened(world: World, row: Any) -> bytes:
-    """The sealed value of a dead letter, by the tenant's own key."""
+    """The sealed value of a dead letter."""
     sealed = bytes(row["value_encrypted"])
     header = parse_header(sealed)
     dek = world.sql("SELECT * FROM encryption_keys WHERE key_id = $1 AND key_version = $2", header.key_id, header.key_version)[0]
@@ -242,7 +269,7 @@ def opened(world: World, row: Any) -> bytes:
     async def cipher() -> Cipher:
         keys = KeyManagement(open_for(world.settings.kms, "reader"))
         opened_kek = await keys.open_kek(kek_row(kek))
-        return open_dek({kek["kek_version"]: opened_kek}, dek_row(dek)).into_cipher(Suite.AES_256_GCM)
+        return open_dek({kek["kek_version"]: opened_kek}, dek_row(dek)).into_cipher(header.suite)
 
     aad = dead_letter_aad(row["tenant_id"], row["source_id"], row["partition"], row["offset"], sealed[:PREFIX_BYTES])
     return open_envelope(blocking(cipher), sealed, aad)

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 
-from sidecar.app import compose
 from sidecar.core.envelope import parse_header
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.view import guard_stripe, view_partition
 from sidecar.pipeline import Pipeline
-from tests.acceptance.world import World, until
+from tests.acceptance.world import World, in_process, until
 
 TENANTS = ("acme", "globex")
 STREAMS = ("aes-1", "aes-2", "chacha-1", "class-1", "class-2")
@@ -137,33 +136,6 @@ BEGIN
   RETURN QUERY SELECT NULL::TEXT, NULL::TEXT, NULL::INT, p.version FROM policy_version p
     UNION ALL SELECT t.tenant_id, t.state, t.generation, t.epoch FROM tenants t WHERE t.tenant_id = ANY (tenant_ids);
 END $$"""
-
-
-@contextmanager
-def in_process(world: World, pipeline: Callable[..., Pipeline], instance: str = "one") -> Iterator[None]:
-    """A data plane in a thread of this process, with a pipeline that a test has a hand in."""
-    failures: list[BaseException] = []
-    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
-
-    async def main() -> None:
-        try:
-            plane = await compose(world.settings, f"{world.name}-{instance}", pipeline_of=pipeline)
-            running.append((asyncio.get_running_loop(), asyncio.Event()))
-            await plane.run(running[0][1])
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=lambda: asyncio.run(main()))
-    thread.start()
-    try:
-        until(lambda: running or failures, "the data plane to start")
-        assert not failures, failures
-        yield
-    finally:
-        for loop, stop in running:
-            loop.call_soon_threadsafe(stop.set)
-        thread.join(60)
-    assert not failures, failures
 
 
 class Late(Pipeline):

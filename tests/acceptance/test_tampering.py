@@ -31,6 +31,7 @@ TAMPERED = {
     "plaintext for ciphertext": f"UPDATE messages SET data_encrypted = 'planted' {ROW}",
     "plaintext planted": f"UPDATE messages SET data_encrypted = NULL, data = 'planted', metadata = '{{}}' {ROW}",
     "a tombstone planted": f"UPDATE messages SET data_encrypted = NULL, data = NULL, is_tombstone = true {ROW}",
+    "plaintext planted, and nothing known of the stream": f"WITH gone AS (DELETE FROM streams WHERE (tenant_id, stream_id) = ('acme', 'aes-1')) UPDATE messages SET data_encrypted = NULL, data = 'planted', metadata = '{{}}' {ROW}",
     "the wrap of another stream": WRAP.format("key_material = o.key_material", "acme", "aes-2"),
     "the wrap and commitment of another stream": WRAP.format("key_material = o.key_material, commitment = o.commitment", "acme", "aes-2"),
     "the wrap of another tenant": WRAP.format("key_material = o.key_material, commitment = o.commitment", "globex", "aes-1"),
@@ -61,19 +62,21 @@ def test_whatever_was_done_to_a_row_or_its_key_reads_as_an_error_and_the_others_
     before = read(stored)
     assert {status for status, _ in before.values()} == {"ok"}
     stored.sql("CREATE TABLE saved AS SELECT * FROM messages")
+    stored.sql("CREATE TABLE saved_streams AS SELECT * FROM streams")
     stored.sql("CREATE TABLE saved_keys AS SELECT * FROM encryption_keys")
     undetected: dict[str, Any] = {}
     for name, statement in (TAMPERED | FLIPPED).items():
         stored.sql(statement)
         after = read(stored)
         changed = {at: held for at, held in after.items() if held != before.get(at)}
-        of_key = "wrap" in name or "commitment" in name
+        of_key = "wrap" in name or "commitment" in name or "of the stream" in name
         # both of the stream's events hang on its key; of a row, only its own
         if len(changed) != (2 if of_key else 1) or {status for status, _ in changed.values()} != {"error"}:
             undetected[name] = changed
         assert not any(value == b"planted" for _, value in after.values())
         stored.sql("TRUNCATE messages")
         stored.sql("INSERT INTO messages OVERRIDING SYSTEM VALUE SELECT * FROM saved")
+        stored.sql("INSERT INTO streams SELECT * FROM saved_streams ON CONFLICT DO NOTHING")
         stored.sql("TRUNCATE encryption_keys")
         stored.sql("INSERT INTO encryption_keys SELECT * FROM saved_keys")
     assert undetected == {}

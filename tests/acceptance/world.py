@@ -7,10 +7,11 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ import asyncpg
 from confluent_kafka import OFFSET_BEGINNING, Consumer, ConsumerGroupTopicPartitions, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from sidecar.app import compose
 from sidecar.core.model import Erased, Event, Scope
 from sidecar.event_store import EventStore
 from sidecar.kafka.admin import Admin
@@ -29,6 +31,7 @@ from sidecar.keys import KeyManagement
 from sidecar.kms import open_for
 from sidecar.kms.file import create_key_file
 from sidecar.ledger import LedgerGate
+from sidecar.pipeline import Pipeline
 from sidecar.postgres import migrations
 from sidecar.postgres.connection import connect, open_pool
 from sidecar.settings import Settings, load
@@ -305,6 +308,34 @@ class World:
             return None if not found else found[0]["body"] if isinstance(found[0]["body"], dict) else json.loads(found[0]["body"])
 
         return until(come, f"the final receipt of {command_id}")  # type: ignore[return-value]
+
+
+@contextmanager
+def in_process(world: World, pipeline: Callable[..., Pipeline], instance: str = "one", *, dies: bool = False) -> Iterator[None]:
+    """A data plane in a thread of this process, with a pipeline that a test has a hand in; `dies`: it is to end by an exception."""
+    failures: list[BaseException] = []
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    async def main() -> None:
+        try:
+            plane = await compose(world.settings, f"{world.name}-{instance}", pipeline_of=pipeline)
+            running.append((asyncio.get_running_loop(), asyncio.Event()))
+            await plane.run(running[0][1])
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    try:
+        until(lambda: running or failures, "the data plane to start")
+        assert not failures, failures
+        yield
+    finally:
+        for loop, stop in running:
+            with suppress(RuntimeError):  # it died: its loop is closed
+                loop.call_soon_threadsafe(stop.set)
+        thread.join(60)
+    assert bool(failures) is dies, failures
 
 
 def build(

@@ -62,6 +62,11 @@ CREATE TABLE residue (                           -- where copies outlive the key
 );
 CREATE INDEX residue_pending ON residue (next_at) WHERE state = 'pending';
 
+-- of a readmitted tenant or scope, what its late records are refused by
+CREATE INDEX shred_barriers_tenant ON shred_barriers (tenant_id);
+CREATE INDEX erased_scopes_command ON erased_scopes (tenant_id, command_id);
+CREATE INDEX erased_scopes_readmitted ON erased_scopes (tenant_id) WHERE readmitted_at IS NOT NULL;
+
 -- ── legal holds ─────────────────────────────────────────────────────────────────────────────────────────────────────
 ALTER TABLE legal_holds ADD COLUMN released_by TEXT;
 CREATE INDEX legal_holds_in_force ON legal_holds (tenant_id) WHERE released_at IS NULL;
