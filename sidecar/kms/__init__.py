@@ -54,12 +54,14 @@ def provider(uri: str) -> Kms:
 async def check_identity(kms: Kms, role: Literal["data", "control"], *, production: bool) -> None:
     """At start: the key can be reached and cannot leave the KMS; the control plane may destroy it, the data plane may not.
 
-    Raises ConfigurationError, KmsUnavailable, AccessDenied where not even the rights can be asked for.
+    A key file has no rights to speak of, and the control plane need not have it at hand: nothing but a warning. Raises ConfigurationError,
+    KmsUnavailable, AccessDenied where not even the rights can be asked for.
     """
-    await kms.check(destroys=role == "control")
     if not kms.traits.production:
         telemetry.log.warning("the KMS is a key file: losing it loses the data, a copy of it opens them", extra={"action": "start"})
-    elif role == "data" and await kms.may_destroy():
+        return await kms.check() if role == "data" else None
+    await kms.check(destroys=role == "control")
+    if role == "data" and await kms.may_destroy():
         what = "the data plane's KMS identity may destroy keys: whoever takes it over can shred everybody"
         if production:
             mend = "give the control plane an identity of its own (kms.uri_control) and take the right from this one, see docs/kms.md"

@@ -133,7 +133,10 @@ class _Token:
         return self._session
 
     def _initialise_anew(self) -> None:
-        """Ends the sessions of all of its tokens; they notice, and open new ones."""
+        """Ends the sessions of all of its tokens; each opens a new one when it is next used."""
+        for token in self._known.values():
+            if token._module == self._module:
+                token._session = None
         try:
             pkcs11.lib(self._module).reinitialize()
         except pkcs11.PKCS11Error:

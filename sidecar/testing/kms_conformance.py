@@ -6,7 +6,7 @@ makes itself, as the keys of tenants that nobody has (`dedicated`).
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from time import perf_counter
@@ -35,7 +35,7 @@ class Subject:
 
     kms: Kms
     open: Callable[[], Kms]
-    disable: Callable[[Kms, str], Awaitable[None]] | None = None
+    disable: Callable[[Any, str], Awaitable[None]] | None = None
 
     async def scratch(self, by: Kms | None = None) -> tuple[Kms, str]:
         """A key of the suite's own, and the tenant whose it is."""
@@ -231,6 +231,18 @@ CHECKS: Sequence[Check] = (
 )
 HARMLESS: Sequence[Check] = CHECKS[: CHECKS.index(identity_may_destroy)]
 """These make no scratch keys."""
+
+
+async def _forbid_in_vault(kms: Any, key_version: str) -> None:
+    await kms._call("update_key_configuration", min_decryption_version=int(key_version.partition("@")[0]) + 1)
+
+
+async def _disable_in_aws(kms: Any, key_version: str) -> None:
+    await kms._call("disable_key", KeyId=key_version)
+
+
+DISABLE: Mapping[str, Callable[[Any, str], Awaitable[None]]] = {"vault": _forbid_in_vault, "aws-kms": _disable_in_aws}
+"""Provider → how an administrator forbids a version. Others know nothing between enabled and destroyed."""
 
 
 async def results(subject: Subject, checks: Sequence[Check] = CHECKS) -> AsyncIterator[Result]:

@@ -12,13 +12,14 @@ a key out can be set and never taken back.
 
 import asyncio
 import json
+import re
 import secrets
+import threading
 import time
 from base64 import b64decode, b64encode
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from aiohttp import web
@@ -27,7 +28,7 @@ from cryptography.exceptions import InvalidTag
 from sidecar.core.aead import AESGCM, NONCE_BYTES
 
 Grants = Mapping[str, set[str]]
-"""Path, with `*` as in a policy's glob → capabilities."""
+"""Path as in a policy (`+` is one segment, `*` at the end anything) → capabilities."""
 
 
 class _Refused(Exception):
@@ -136,8 +137,8 @@ class TransitServer:
 
     def capabilities(self, token: str, path: str) -> set[str]:
         """Of the most specific grant, as Vault does; `deny` where there is none."""
-        grants = [(pattern, may) for pattern, may in self._tokens.get(token, {}).items() if fnmatchcase(path, pattern)]
-        return max(grants, key=lambda grant: len(grant[0]))[1] if grants else {"deny"}
+        grants = [(pattern, may) for pattern, may in self._tokens.get(token, {}).items() if _matches(pattern, path)]
+        return max(grants, key=lambda grant: len(re.split(r"[+*]", grant[0])[0]))[1] if grants else {"deny"}
 
     async def handle(self, request: web.Request) -> web.Response:
         await asyncio.sleep(self.delay_seconds)
@@ -159,7 +160,7 @@ class TransitServer:
         mount, kind, name, verb = _parts(path)
         at = (namespace.strip("/"), f"{mount}/keys/{name}")
         key = self.keys.get(at)
-        wanted = {"GET": "read", "DELETE": "delete"}.get(method, "update" if key else "create")
+        wanted = {"GET": "read", "DELETE": "delete"}.get(method, "create" if kind == "encrypt" and key is None else "update")
         if not self.capabilities(token, path) & {"root", "sudo", wanted}:
             raise _Refused(403, "1 error occurred:\n\t* permission denied\n\n")
         if (kind, verb, method) == ("keys", "", "POST") or (kind == "encrypt" and key is None):
@@ -194,6 +195,11 @@ class TransitServer:
         return found
 
 
+def _matches(pattern: str, path: str) -> bool:
+    segments = "/".join("[^/]+" if segment == "+" else re.escape(segment) for segment in pattern.removesuffix("*").split("/"))
+    return re.fullmatch(segments + (".*" if pattern.endswith("*") else ""), path) is not None
+
+
 def _parts(path: str) -> tuple[str, str, str, str]:
     """`a/mount/keys/NAME/rotate` → mount, `keys`, name, `rotate`."""
     words = path.split("/")
@@ -222,3 +228,26 @@ async def transit_server(port: int = 0) -> AsyncIterator[TransitServer]:
         yield server
     finally:
         await runner.cleanup()
+
+
+@contextmanager
+def transit_server_thread() -> Iterator[TransitServer]:
+    """The same for a test that is no coroutine: in a thread of its own."""
+    up, ended = threading.Event(), asyncio.Event()
+    served: list[tuple[TransitServer, asyncio.AbstractEventLoop]] = []
+
+    async def serve() -> None:
+        async with transit_server() as server:
+            served.append((server, asyncio.get_running_loop()))
+            up.set()
+            await ended.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    thread.start()
+    up.wait(20)
+    server, loop = served[0]
+    try:
+        yield server
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join()

@@ -14,7 +14,7 @@ from sidecar.core.kms import KmsUri
 from sidecar.kms import provider
 from sidecar.kms.aws import AwsKms
 from sidecar.ports import Kms
-from sidecar.testing.kms_conformance import Subject
+from sidecar.testing.kms_conformance import DISABLE, Subject
 from sidecar.testing.memory_kms import Memory, MemoryKms
 from sidecar.testing.softhsm import SoftHsm
 from sidecar.testing.transit_server import TransitServer, transit_server
@@ -47,18 +47,13 @@ async def pkcs11(hsm: SoftHsm) -> AsyncIterator[Subject]:
 @asynccontextmanager
 async def vault(folder: Path) -> AsyncIterator[Subject]:
     async with transit_server() as server:
-        yield await made(vault_uri(server, server.root, folder), disable=forbid)
+        yield await made(vault_uri(server, server.root, folder), disable=DISABLE["vault"])
 
 
 def vault_uri(server: TransitServer, token: str, folder: Path, key: str = "transit/kek") -> str:
     file = folder / f"{token}.token"
     file.write_text(token)
     return f"vault:{key}?address={server.address}&token-file={file}"
-
-
-async def forbid(kms: Any, version: str) -> None:
-    """As a Vault administrator does."""
-    await kms._call("update_key_configuration", min_decryption_version=int(version.partition("@")[0]) + 1)
 
 
 @asynccontextmanager
@@ -78,11 +73,8 @@ async def aws() -> AsyncIterator[Subject]:
         for operation in ("Encrypt", "Decrypt"):
             client.meta.events.register(f"provide-client-params.kms.{operation}", refuse)
 
-        async def disable(kms: Kms, version: str) -> None:
-            client.disable_key(KeyId=version)
-
         uri = KmsUri.parse("aws-kms:alias/sidecar?region=eu-central-1")
-        subject = Subject(kms=AwsKms(uri, client=client), open=lambda: AwsKms(uri, client=client), disable=disable)
+        subject = Subject(kms=AwsKms(uri, client=client), open=lambda: AwsKms(uri, client=client), disable=DISABLE["aws-kms"])
         await subject.kms.add_version()
         yield subject
 
