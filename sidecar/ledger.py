@@ -1,7 +1,7 @@
 """The ledger: each shred, hold, release and readmission, signed, on a topic of its own, where a restore of the database cannot take it back.
 
 Ledger      the control plane's: an entry is written in the transaction of its act, and is on the topic before the act's receipt
-LedgerGate  everybody's: a database that lacks entries, or that is not the server it was, is not served (replay.py mends that)
+LedgerGate  everybody's: a database that lacks entries, or that is not the server it was, is not served (ledger_replay.py mends that)
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class Ledger:
         """An entry, in the transaction of the act: under the tenant's lock, so that of one tenant they stand in the order of the acts."""
         scope = command.scope
         entry = Entry(
-            entry_id=receipt_id(command.command_id, "ledger", act),
+            entry_id=receipt_id(command.command_id, "ledger", act, *([undoes] if undoes else [])),
             command_id=command.command_id,
             deployment=self._deployment,
             act=act,

@@ -1,13 +1,16 @@
 """Readmit, step by step: → readmitted → done. A shredded scope takes events again, under new keys; nothing of before comes back.
 
 The tenant's next generation, or the fence's end below tenant level; keys of older generations stay unusable, and records from before the
-shred stay refused by its source end offsets.
+shred stay refused by its source end offsets. Only `restore`, within the shred's grace, takes the shred itself back.
 """
 
+from uuid import UUID
+
+from sidecar import grace
 from sidecar.core.command import Command
 from sidecar.core.errors import CommandRejected
 from sidecar.core.model import Scope, ScopeKind
-from sidecar.postgres import commands, readmissions, shreds
+from sidecar.postgres import commands, quarantine, readmissions, replays, shreds
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, transaction
 from sidecar.postgres.shreds import Keys, Tenant
@@ -28,30 +31,42 @@ class Readmission:
         scope, steps = command.scope, self._steps
         async with steps.under_guard(scope.tenant) as connection:
             tenant = await shreds.lock_tenant(connection, scope.tenant)
-            generation = await self._lift(connection, tenant, scope)
-            facts = await steps.audited(connection, command, f"{scope.kind}.readmit", Keys())
-            await steps.ledger.enter(connection, command, "readmit", at=steps.clock.now(), generation=generation)
+            await replays.adopt(connection, scope)
+            await self._refuse(connection, tenant, scope)
+            undone: list[UUID | None] = [None]
+            generation, keys, act = tenant.generation, Keys(), "readmit"
+            if command.restore:
+                found = await quarantine.commands_of(connection, scope)
+                keys, act = await grace.restore(connection, scope), "restore"
+                await readmissions.take_back(connection, scope, found)
+                undone = [*found]
+            elif scope.kind is ScopeKind.TENANT:
+                generation = await readmissions.next_generation(connection, scope.tenant)
+            else:
+                await readmissions.lift_fence(connection, scope)
+            await shreds.next_epoch(connection, scope.tenant, shredding=False)
+            facts = await steps.audited(connection, command, f"{scope.kind}.{act}", keys)
+            for shred in undone:
+                await steps.ledger.enter(connection, command, "readmit", at=steps.clock.now(), generation=generation, undoes=shred)
             facts |= {"generation": generation, **steps.terminated(scope.tenant)}
             readmitted = await commands.advance(connection, job, "readmitted", facts)
         steps.settled(scope.tenant)
         return readmitted
 
-    async def _lift(self, connection: Connection, tenant: Tenant, scope: Scope) -> int:
-        """-> the generation that the tenant has now. Raises CommandRejected for what is not shredded."""
+    async def _refuse(self, connection: Connection, tenant: Tenant, scope: Scope) -> None:
+        """Raises CommandRejected for what is not shredded, or lies in what is."""
         if scope.kind is ScopeKind.TENANT:
             if tenant.state == "shredding":
                 raise CommandRejected("shred_pending", "the tenant's shred is under way; readmit it after its receipt")
             if tenant.state != "shredded":
                 raise CommandRejected("not_shredded", "the tenant is not shredded")
-            return await readmissions.next_generation(connection, scope.tenant)
+            return
         if tenant.state != "active":
             raise CommandRejected("tenant_shredded", f"the tenant is {tenant.state}: it is what has to be readmitted")
-        if not await readmissions.lift_fence(connection, scope):
+        if not await readmissions.is_fenced(connection, scope):
             raise CommandRejected("not_shredded", f"the {scope.kind} is not shredded")
         if scope.kind is ScopeKind.STREAM and (erased := await readmissions.erased_class_of(connection, scope)) is not None:
             raise CommandRejected("class_shredded", f"the stream's class {erased} is shredded: it is what has to be readmitted")
-        await shreds.next_epoch(connection, scope.tenant, shredding=False)
-        return tenant.generation
 
     async def _readmitted(self, job: Job, command: Command) -> Job:
         instances = await self._steps.release(job) if job.facts.get("terminated") else None

@@ -20,7 +20,7 @@ from sidecar.core.ledger import SourceEnd
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.kafka.admin import TopicInfo
 from sidecar.notices import Notices, plain_tombstones
-from sidecar.postgres import commands, residue, shreds
+from sidecar.postgres import commands, replays, residue, shreds
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, transaction
 from sidecar.postgres.holds import refuse_held
@@ -70,6 +70,7 @@ class Shredding:
         described = await asyncio.to_thread(self._steps.admin.describe, {topic for _, topic, _ in sources})
         async with self._steps.under_guard(scope.tenant) as connection:
             tenant = await shreds.lock_tenant(connection, scope.tenant)
+            await replays.adopt(connection, scope)
             await refuse_held(connection, scope)
             ends = await self._source_ends(sources, described)
             keys = await shreds.take_keys(connection, scope, command.command_id, kept_until)

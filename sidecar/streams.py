@@ -4,10 +4,11 @@ Whatever a batch changed here before it committed is dropped with it (`discard`)
 A tenant whose epoch moved (shred, rotation, policy) is dropped whole, keys and all.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from sidecar.core.aead import Cipher, Suite, lp
+from sidecar.core.audit import scope_ref
 from sidecar.core.envelope import EVENT_DOMAIN, Header
 from sidecar.core.errors import KeyExhausted, KeyUnavailable
 from sidecar.core.keys import DekRow, Kek, TenantState, UseLimits
@@ -75,6 +76,8 @@ class Streams:
         """Read tenants that are not in hand; one that Postgres does not know is made by this batch."""
         rows = await self.store.tenants(names)
         found = {row["tenant_id"]: row for row in rows}
+        if len(found) < len(names):
+            await self.store.adopt(tenants=[name for name in names if name not in found])
         for name in names:
             row, raw = found.get(name), name.encode()
             self.tenants[raw] = Tenant(
@@ -86,6 +89,7 @@ class Streams:
                 generation=row["generation"] if row else 1,
                 epoch=row["epoch"] if row else 1,
                 erased_classes=frozenset(row["erased_classes"] if row else ()),
+                foretold_classes=frozenset(row["foretold_classes"] if row else ()),
             )
         # Read after the tenants: a shred in between moved the epoch, so the batch is not stored with what is missing here.
         shredded_once = {row["tenant_id"] for row in rows if row["has_barriers"]}
@@ -101,6 +105,9 @@ class Streams:
         """Heads, decisions and sealing keys of streams that are not in hand. May call the KMS; raises Unavailable."""
         rows = {(r["tenant_id"], r["stream_id"]): r for r in await self.store.streams([(t.tenant.id, t.stream) for t in touches])}
         plans: list[tuple[Touch, Stream, Encrypt]] = []
+        foretold = [scope for touch in touches for scope in _foretold(touch, rows[touch.tenant.id, touch.stream])]
+        if foretold:
+            await self.store.adopt(scopes=foretold)
         for touch in touches:
             row = rows[touch.tenant.id, touch.stream]
             stream, decision = self._plan(touch, row, policies)
@@ -165,6 +172,8 @@ class Streams:
         for (tenant_id, name), row in rows.items():
             if row["key_id"] is not None:
                 found[Scope(tenant=tenant_id, kind=ScopeKind.SUBJECT, id=name)] = _Found(dek_row(row), row["uses_reserved"], None)
+        if foretold := [Scope(tenant=tenant, kind=ScopeKind.SUBJECT, id=name) for (tenant, name), row in rows.items() if row["foretold"]]:
+            await self.store.adopt(scopes=foretold)
         for tenant, name, suite in asked:
             subject = Subject(name, "scope_erased" if rows[tenant.id, name]["erased"] else None, None)
             if subject.refusal is None:
@@ -269,6 +278,16 @@ class Streams:
             tenant.keks[kek.version] = kek
             fresh.keks.append(row)
         return tenant.keks[max(tenant.keks)]
+
+
+def _foretold(touch: Touch, row: Any) -> Iterator[Scope]:
+    """What of a stream that is touched first has a name now, and stood in the ledger without one."""
+    if row["foretold"]:
+        yield Scope(tenant=touch.tenant.id, kind=ScopeKind.STREAM, id=touch.stream)
+    if touch.tenant.foretold_classes:
+        of_class = Scope(tenant=touch.tenant.id, kind=ScopeKind.CLASS, id=row["stream_type_class"] or touch.stream_class)
+        if scope_ref(of_class) in touch.tenant.foretold_classes:
+            yield of_class
 
 
 class _Found(NamedTuple):

@@ -53,6 +53,7 @@ class _OptionsV1(_Strict):
     grace: str | None = None
     split: bool = False
     hold_id: UUID | None = None
+    restore: bool = False
 
 
 class _CommandV1(_Strict):
@@ -74,7 +75,7 @@ class Command:
 
     `older_than` is the rotation timer's: only keys made before it. `grace_seconds` of a shred delays what is irreversible, never what makes
     data inaccessible; None: the command says nothing, the configuration decides. `split` of a shred: shared keys are taken apart first.
-    `hold_id` of a release: just this hold; None: all holds on the scope.
+    `hold_id` of a release: just this hold; None: all holds on the scope. `restore` of a readmission: with the old keys, within the shred's grace.
     """
 
     command_id: UUID
@@ -90,6 +91,7 @@ class Command:
     grace_seconds: float | None = None
     split: bool = False
     hold_id: UUID | None = None
+    restore: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +242,7 @@ def _command(body: _CommandV1) -> Command:
         grace_seconds=_grace(body.options.grace),
         split=body.options.split,
         hold_id=body.options.hold_id,
+        restore=body.options.restore,
     )
 
 

@@ -78,6 +78,8 @@ class Tenant:
     erased_classes: frozenset[str]
     barriers: dict[tuple[str, str], Barriers] = field(default_factory=dict)
     """By scope kind and id; of a tenant that was never readmitted, nor a scope in it, there are none."""
+    foretold_classes: frozenset[bytes] = frozenset()
+    """Pseudonyms of classes that the ledger has entries of, and this database no name."""
     keks: dict[int, Kek] = field(default_factory=dict, repr=False)
     streams: dict[bytes, Stream] = field(default_factory=dict, repr=False)
     aged: dict[bytes, Stream] = field(default_factory=dict, repr=False)

@@ -5,9 +5,11 @@ from typing import Any, cast
 from uuid import UUID
 
 from sidecar.core.aead import Suite
-from sidecar.core.model import ScopeKind
+from sidecar.core.errors import StoreUnavailable
+from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.policy import Policy, PolicySet, Unmatched
-from sidecar.postgres.connection import Connection, Pool
+from sidecar.postgres import replays
+from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.postgres.errors import mapped
 
 # One statement, so one snapshot: a tenant shredded between two would look active and have no key.
@@ -16,6 +18,7 @@ SELECT t.tenant_id, t.state, t.generation, t.epoch,
   ARRAY(SELECT e.scope_id FROM erased_scopes e
         WHERE e.tenant_id = t.tenant_id AND e.scope_kind = 'class' AND e.readmitted_at IS NULL) AS erased_classes,
   t.generation > 1 OR EXISTS (SELECT FROM erased_scopes e WHERE e.tenant_id = t.tenant_id AND e.readmitted_at IS NOT NULL) AS has_barriers,
+  ARRAY(SELECT r.ref FROM erased_refs r WHERE r.tenant_ref = tenant_ref(t.tenant_id) AND r.scope_kind = 'class') AS foretold_classes,
   k.kek_version, k.kms_uri, k.kms_key_version, k.wrapped, k.fingerprint, k.dedicated
 FROM tenants t LEFT JOIN tenant_keys k ON k.tenant_id = t.tenant_id AND k.generation = t.generation AND k.state <> 'destroyed'
 WHERE t.tenant_id = ANY ($1)"""
@@ -26,7 +29,8 @@ SELECT x.t AS tenant_id, x.s AS stream_id, st.stream_type_class, st.is_encrypted
   greatest(coalesce(st.position, 0), coalesce((SELECT m.stream_position FROM messages m
     WHERE m.tenant_id = x.t AND m.stream_id = x.s ORDER BY m.stream_position DESC LIMIT 1), 0)) AS head,
   h.key_id AS last_key_id, h.key_version AS last_key_version,
-  EXISTS (SELECT 1 FROM erased_scopes e WHERE e.tenant_id = x.t AND e.scope_kind = 'stream' AND e.scope_id = x.s AND e.readmitted_at IS NULL) AS erased
+  EXISTS (SELECT 1 FROM erased_scopes e WHERE e.tenant_id = x.t AND e.scope_kind = 'stream' AND e.scope_id = x.s AND e.readmitted_at IS NULL) AS erased,
+  CASE WHEN st.stream_id IS NULL THEN EXISTS (SELECT FROM erased_refs r WHERE r.ref = scope_ref(x.t, 'stream', x.s)) ELSE false END AS foretold
 FROM unnest($1::text[], $2::text[]) x(t, s)
 LEFT JOIN streams st ON st.tenant_id = x.t AND st.stream_id = x.s
 LEFT JOIN LATERAL (SELECT k.key_id, k.key_version FROM stream_key_history k
@@ -56,7 +60,8 @@ LEFT JOIN LATERAL (SELECT sum(h.used_to_position - h.used_from_position + 1)::bi
 # Whether a person was erased, and the newest key, in one snapshot.
 _SUBJECTS = f"""
 SELECT x.t AS of_tenant, x.id AS subject, k.*,
-  EXISTS (SELECT 1 FROM erased_scopes e WHERE e.tenant_id = x.t AND e.scope_kind = 'subject' AND e.scope_id = x.id AND e.readmitted_at IS NULL) AS erased
+  EXISTS (SELECT 1 FROM erased_scopes e WHERE e.tenant_id = x.t AND e.scope_kind = 'subject' AND e.scope_id = x.id AND e.readmitted_at IS NULL) AS erased,
+  CASE WHEN k.key_id IS NULL THEN EXISTS (SELECT FROM erased_refs r WHERE r.ref = scope_ref(x.t, 'subject', x.id)) ELSE false END AS foretold
 FROM unnest($1::text[], $2::text[], $3::text[]) x(t, kind, id)
 LEFT JOIN LATERAL {_NEWEST} k ON true"""  # noqa: S608 (constants)
 
@@ -103,6 +108,17 @@ class KeyStore:
         """Recorded versions, destroyed ones too. The refs come from stored bytes, which may be anybody's: a version may be any u32."""
         wanted = [ref for ref in refs if ref[2] <= MAX_VERSION]
         return await self.fetch(_KEYS, [t for t, _, _ in wanted], [k for _, k, _ in wanted], [v for _, _, v in wanted])
+
+    async def adopt(self, tenants: Sequence[str] = (), scopes: Iterable[Scope] = ()) -> None:
+        """Names that this database hears for the first time, of which the ledger may know more (replays.py): if it does, they become what
+        it says, and StoreUnavailable is raised: read again."""
+        async with transaction(self._pool) as connection:
+            foretold = await replays.foretold_tenants(connection, list(tenants)) if tenants else []
+            for tenant in foretold:
+                await replays.adopt_tenant(connection, tenant)
+            adopted = [await replays.adopt(connection, scope) for scope in scopes]
+        if foretold or any(adopted):
+            raise StoreUnavailable("the ledger knew of a scope that came up for the first time since the restore; what it says holds now")
 
     async def policies(self, unmatched: Unmatched) -> PolicySet:
         with mapped():

@@ -45,6 +45,14 @@ async def destroy(connection: Connection, command_id: UUID) -> Keys:
     return _keys(rows)
 
 
+async def commands_of(connection: Connection, scope: Scope) -> list[UUID]:
+    """The shreds of exactly this scope whose keys are here."""
+    statement = f"SELECT DISTINCT command_id FROM quarantined_keys q WHERE {_OF_SCOPE[scope.kind is ScopeKind.TENANT]} ORDER BY 1"  # noqa: S608
+    with mapped():
+        rows = await connection.fetch(statement, scope.tenant, scope.kind.value, scope.id)
+    return [row["command_id"] for row in rows]
+
+
 async def restore(connection: Connection, scope: Scope) -> Keys:
     """Back to where they were. The command's residue is not watched any more: it will never be complete."""
     tenant = scope.kind is ScopeKind.TENANT

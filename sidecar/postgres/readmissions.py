@@ -1,5 +1,7 @@
 """What readmit does to fences, as SQL: in the caller's transaction, under the exclusive guard. No key is touched: none comes back."""
 
+from uuid import UUID
+
 from sidecar.core.model import Scope
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
@@ -9,24 +11,43 @@ async def next_generation(connection: Connection, tenant: str) -> int:
     """A shredded tenant is active again, under keys that are yet to be made: no key of an older generation is ever looked for."""
     with mapped():
         generation: int = await connection.fetchval(
-            """UPDATE tenants SET state = 'active', generation = generation + 1, epoch = epoch + 1
+            """UPDATE tenants SET state = 'active', generation = generation + 1
                WHERE tenant_id = $1 AND state = 'shredded' RETURNING generation""",
             tenant,
         )
     return generation
 
 
-async def lift_fence(connection: Connection, scope: Scope) -> bool:
-    """False if there was none."""
+async def take_back(connection: Connection, scope: Scope, shreds: list[UUID]) -> None:
+    """These shreds of the scope are as if they had not been: the tenant's generation stays, and their source offsets bar nothing."""
     with mapped():
-        done = await connection.execute(
+        await connection.execute("UPDATE tenants SET state = 'active' WHERE tenant_id = $1 AND $2 = 'tenant'", scope.tenant, scope.kind.value)
+        await connection.execute("UPDATE erased_scopes SET readmitted_at = now() WHERE command_id = ANY ($1) AND readmitted_at IS NULL", shreds)
+        await connection.execute("DELETE FROM shred_barriers WHERE command_id = ANY ($1)", shreds)
+
+
+async def is_fenced(connection: Connection, scope: Scope) -> bool:
+    with mapped():
+        return bool(
+            await connection.fetchval(
+                """SELECT EXISTS (SELECT FROM erased_scopes
+                     WHERE tenant_id = $1 AND scope_kind = $2 AND scope_id = $3 AND readmitted_at IS NULL)""",
+                scope.tenant,
+                scope.kind.value,
+                scope.id,
+            )
+        )
+
+
+async def lift_fence(connection: Connection, scope: Scope) -> None:
+    with mapped():
+        await connection.execute(
             """UPDATE erased_scopes SET readmitted_at = now()
                WHERE tenant_id = $1 AND scope_kind = $2 AND scope_id = $3 AND readmitted_at IS NULL""",
             scope.tenant,
             scope.kind.value,
             scope.id,
         )
-    return str(done) != "UPDATE 0"
 
 
 async def erased_class_of(connection: Connection, stream: Scope) -> str | None:

@@ -158,3 +158,25 @@ def test_the_receipts_of_shred_and_readmission_come_after_their_entries_on_the_l
         world.carry_out(op, ACME)
         assert len(ledger(world)) == count
     until(lambda: world.value("SELECT count(*) FROM ledger WHERE published_at IS NULL") == 0, "the outbox to be empty")
+
+
+@pytest.mark.parametrize("scope", [ACME, stream_of("aes-1")], ids=lambda s: s.kind.value)
+def test_within_the_grace_a_restore_takes_the_shred_back_as_if_it_had_not_been(running: World, scope: Scope) -> None:
+    publish(running, b"old", ("aes-1",))
+    assert running.carry_out("shred", scope, options={"grace": "1h"})["status"] == "inaccessible"
+    assert seen(running, "aes-1") == ["erased"]
+    receipt = running.carry_out("readmit", scope, options={"restore": True})
+    assert (receipt["status"], receipt["generation"]) == ("done", 1)
+    publish(running, b"new", ("aes-1",))
+    assert seen(running, "aes-1") == [b"old", b"new"]
+    shred, restored = ledger(running)
+    assert restored["undoes"] == shred["command_id"]
+    assert running.value("SELECT count(*) FROM shred_barriers") == 0
+
+
+def test_without_a_grace_nothing_is_restored(running: World) -> None:
+    publish(running, b"old", ("aes-1",))
+    running.carry_out("shred", ACME)
+    assert running.carry_out("readmit", ACME, options={"restore": True})["error"]["code"] == "grace_over"
+    assert running.carry_out("readmit", ACME)["status"] == "done"
+    assert seen(running, "aes-1") == ["erased"]

@@ -83,7 +83,7 @@ CREATE TABLE ledger_watermark (                  -- up to where this database ha
   deployment TEXT, topic_id TEXT, next_offset BIGINT NOT NULL DEFAULT 0, system_identifier TEXT, timeline INT, replayed_at TIMESTAMPTZ
 );
 INSERT INTO ledger_watermark DEFAULT VALUES;
-CREATE TABLE erased_refs (                       -- fences by pseudonym: of streams, classes and subjects that a restored database does not know (yet)
+CREATE TABLE erased_refs (                       -- streams, classes and subjects that the ledger has entries of, and this database no name (yet)
   ref BYTEA PRIMARY KEY, tenant_ref BYTEA NOT NULL, scope_kind TEXT NOT NULL, command_id UUID NOT NULL, erased_at TIMESTAMPTZ NOT NULL
 );
 CREATE INDEX erased_refs_tenant ON erased_refs (tenant_ref, scope_kind);
@@ -94,6 +94,7 @@ CREATE FUNCTION tenant_ref(tenant TEXT) RETURNS BYTEA LANGUAGE sql IMMUTABLE STR
   RETURN substring(sha256(lp('ks/tenant-ref/v1') || lp(tenant)) FOR 16);
 CREATE FUNCTION scope_ref(tenant TEXT, kind TEXT, id TEXT) RETURNS BYTEA LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
   RETURN substring(sha256(lp('ks/scope-ref/v1') || lp(tenant) || lp(kind) || lp(id)) FOR 16);
+CREATE INDEX tenants_ref ON tenants (tenant_ref(tenant_id));
 -- A readmitted tenant gets new keys beside the ones of its older generations, whose rows stay as they were.
 DROP INDEX one_active_key;
 CREATE UNIQUE INDEX one_active_key ON encryption_keys (tenant_id, scope_kind, scope_id, generation) WHERE is_active;

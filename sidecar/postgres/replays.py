@@ -1,0 +1,155 @@
+"""What an entry of the ledger does to a database that lacks it, as SQL. In the caller's transaction.
+
+An entry names its scope by pseudonym. A scope that the database knows is found by computing the pseudonyms of those that it has; one that it
+does not know (yet) is kept in `erased_refs`, and `adopt` applies its entries when it shows its name, before anything of it is accepted.
+A tenant that it does not know is found by its entries in `ledger`.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+import orjson
+
+from sidecar.core import dsse
+from sidecar.core.audit import scope_ref, tenant_ref
+from sidecar.core.ledger import Entry, parse_entry
+from sidecar.core.model import Scope, ScopeKind
+from sidecar.postgres import holds, ledger, readmissions, shreds
+from sidecar.postgres.connection import Connection
+from sidecar.postgres.errors import mapped
+from sidecar.postgres.shreds import Keys
+
+# Every name of the kind that this database has of the tenant $1, whose pseudonym is $2.
+_BY_REF: Final = {
+    ScopeKind.STREAM: "SELECT stream_id FROM streams WHERE tenant_id = $1 AND scope_ref(tenant_id, 'stream', stream_id) = $2 LIMIT 1",
+    ScopeKind.CLASS: """SELECT id FROM (SELECT stream_type_class AS id FROM streams WHERE tenant_id = $1
+          UNION SELECT stream_type_class FROM encryption_policies
+          UNION SELECT scope_id FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = 'class') c WHERE scope_ref($1, 'class', id) = $2""",
+    ScopeKind.SUBJECT: """SELECT scope_id FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = 'subject'
+          AND scope_ref(tenant_id, 'subject', scope_id) = $2 LIMIT 1""",
+}
+
+
+async def tenant_of(connection: Connection, entry: Entry) -> str | None:
+    with mapped():
+        found: str | None = await connection.fetchval("SELECT tenant_id FROM tenants WHERE tenant_ref(tenant_id) = $1", entry.tenant_ref)
+    return found
+
+
+async def scope_of(connection: Connection, tenant: str, entry: Entry) -> Scope | None:
+    """None where the database has nothing of that name; a fence that it has already counts as a name."""
+    if entry.kind is ScopeKind.TENANT:
+        return Scope.of_tenant(tenant)
+    fenced = "SELECT scope_id FROM erased_scopes WHERE tenant_id = $1 AND scope_kind = $3 AND scope_ref(tenant_id, scope_kind, scope_id) = $2 LIMIT 1"
+    with mapped():
+        found = await connection.fetchval(_BY_REF[entry.kind], tenant, entry.scope_ref)
+        found = found or await connection.fetchval(fenced, tenant, entry.scope_ref, entry.kind.value)
+    return None if found is None else Scope(tenant=tenant, kind=entry.kind, id=found)
+
+
+async def foretell(connection: Connection, entry: Entry) -> None:
+    """The scope has no name here yet."""
+    with mapped():
+        await connection.execute(
+            "INSERT INTO erased_refs (ref, tenant_ref, scope_kind, command_id, erased_at) VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING",
+            entry.scope_ref,
+            entry.tenant_ref,
+            entry.kind.value,
+            entry.command_id,
+            entry.at,
+        )
+
+
+async def apply(connection: Connection, entry: Entry, scope: Scope) -> Keys:
+    """The act again; repeatable. The tenant's row is locked, its epoch moves. Raises CommandRejected where others need a key of the scope."""
+    keys = Keys()
+    if entry.act == "shred":
+        keys = await _shred(connection, entry, scope)
+    elif entry.act == "readmit" and scope.kind is ScopeKind.TENANT:
+        await _set_tenant(connection, entry, scope.tenant, "active")
+    elif entry.act == "readmit":
+        await readmissions.lift_fence(connection, scope)
+    else:
+        await _hold(connection, entry, scope)
+    await shreds.next_epoch(connection, scope.tenant, shredding=False)
+    return keys
+
+
+async def _shred(connection: Connection, entry: Entry, scope: Scope) -> Keys:
+    keys = await shreds.take_keys(connection, scope, entry.command_id, None)  # a grace is over with that
+    if scope.kind is ScopeKind.TENANT:
+        await _set_tenant(connection, entry, scope.tenant, "shredded")
+    ends: dict[int, dict[int, int]] = {}
+    for end in entry.sources:
+        with mapped():
+            source: int = await connection.fetchval(
+                """INSERT INTO source_topics (topic, topic_id) VALUES ($1, $2)
+                   ON CONFLICT (topic, topic_id) DO UPDATE SET topic = excluded.topic RETURNING source_id""",
+                end.topic,
+                end.topic_id,
+            )
+        ends.setdefault(source, {})[end.partition] = end.end_offset
+    await shreds.record_barriers(connection, entry.command_id, scope.tenant, ends)
+    return keys
+
+
+async def _set_tenant(connection: Connection, entry: Entry, tenant: str, state: str) -> None:
+    with mapped():
+        await connection.execute(
+            "UPDATE tenants SET state = $2, generation = greatest(generation, $3) WHERE tenant_id = $1", tenant, state, entry.generation
+        )
+
+
+async def _hold(connection: Connection, entry: Entry, scope: Scope) -> None:
+    if entry.act == "release":
+        await holds.release(connection, scope, entry.undoes, by="ledger", at=entry.at)
+    elif not await holds.listed(connection, hold_id=entry.command_id, released=True):
+        reason = "restored from the ledger; the command with this id has the reason"
+        await holds.place(connection, scope, hold_id=entry.command_id, reason=reason, by="ledger", at=entry.at)
+
+
+def undone(entries: Iterable[Entry]) -> set[Any]:
+    """Shreds that were taken back within their grace: command ids. They, and what took them back, leave no trace in a database without them."""
+    return {entry.undoes for entry in entries if entry.act == "readmit" and entry.undoes is not None}
+
+
+async def _entries_of(connection: Connection, tenant: str) -> list[Entry]:
+    """Their signatures were verified when they came in."""
+    found = [parse_entry(dsse.parse(orjson.loads(raw)).payload) for raw in await ledger.envelopes_of(connection, tenant_ref(tenant))]
+    gone = undone(found)
+    return [entry for entry in found if entry.command_id not in gone and entry.undoes not in gone]
+
+
+async def foretold_tenants(connection: Connection, tenants: list[str]) -> list[str]:
+    """Those that the ledger has entries of; asked for tenants that this database does not know."""
+    with mapped():
+        rows = await connection.fetch(
+            "SELECT t FROM unnest($1::text[]) t WHERE EXISTS (SELECT FROM ledger WHERE tenant_ref = tenant_ref(t)) ORDER BY t", tenants
+        )
+    return [row["t"] for row in rows]
+
+
+async def adopt_tenant(connection: Connection, tenant: str) -> None:
+    """Make a tenant that shows its name what the ledger says it is. Nothing, if somebody else did."""
+    with mapped():
+        made = await connection.execute("INSERT INTO tenants (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING", tenant)
+    if str(made) != "INSERT 0 1":
+        return
+    for entry in await _entries_of(connection, tenant):
+        if entry.kind is ScopeKind.TENANT:
+            await apply(connection, entry, Scope.of_tenant(tenant))
+        else:
+            await foretell(connection, entry)
+
+
+async def adopt(connection: Connection, scope: Scope) -> bool:
+    """Apply what the ledger says of a scope below tenant level that shows its name; False if it says nothing, or it is done."""
+    ref = scope_ref(scope)
+    with mapped():
+        done = await connection.execute("DELETE FROM erased_refs WHERE ref = $1", ref)
+    if str(done) != "DELETE 1":
+        return False
+    for entry in await _entries_of(connection, scope.tenant):
+        if entry.scope_ref == ref:
+            await apply(connection, entry, scope)
+    return True
