@@ -210,7 +210,9 @@ class CryptoEventStore:
                 stream, sealed, tenant=tenant, stream_class=named, expected_version=head, session=session, sealed_for=held.as_of
             )
         else:
-            async with self._keys.verified(tenant, held.as_of):
+            async with self._keys.verified(
+                tenant, held.as_of, {(event.metadata["enc"]["keyId"], event.metadata["enc"]["keyVersion"]) for event in sealed}
+            ):
                 done = await self.base.append_to_stream(stream, sealed, tenant=tenant, stream_class=named, expected_version=head, session=session)
         held.stream.head = done.last if session is None else held.stream.head
         return done

@@ -5,7 +5,7 @@ What is in hand is as of a tenant epoch and a policy version. Both are verified 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -72,6 +72,8 @@ class KeyManagementService:
         self._opening: dict[str, tuple[int, Ciphers]] = {}
         self._policies: PolicySet | None = None
         self._making = asyncio.Lock()
+        self._marked: set[tuple[str, int]] = set()
+        """Key versions on whose row it stands that they are used outside of our store."""
 
     # for the store's decorator
 
@@ -208,13 +210,25 @@ class KeyManagementService:
             yield await connection.fetchval("SELECT epoch FROM guarded($1, $2)", guard_stripe(tenant), tenant)
 
     @asynccontextmanager
-    async def verified(self, tenant: str, as_of: SealedFor) -> AsyncIterator[None]:
-        """The guard around an append to a store that cannot check by itself. Raises Moved if something is not as it was."""
+    async def verified(self, tenant: str, as_of: SealedFor, keys: Collection[tuple[str, int]] = ()) -> AsyncIterator[None]:
+        """The guard around an append to a store that cannot check by itself. Raises Moved if something is not as it was.
+
+        `keys` (id, version) sealed what is appended there: they are marked, since a clean-up looks into our store alone.
+        """
         async with transaction(self._pool) as connection:
             now = await connection.fetchrow("SELECT epoch, policies FROM guarded($1, $2)", guard_stripe(tenant), tenant)
             if now is None or as_of.epoch not in (None, now["epoch"]) or now["policies"] != as_of.policy_version:
                 raise Moved
+            if unmarked := {key for key in keys if key not in self._marked}:
+                marked = await connection.execute(
+                    """UPDATE encryption_keys k SET used_outside = true FROM unnest($2::text[], $3::int[]) x(id, version)
+                       WHERE k.tenant_id = $1 AND k.key_id = x.id::uuid AND k.key_version = x.version AND NOT k.is_destroyed""",
+                    tenant, [key_id for key_id, _ in unmarked], [version for _, version in unmarked],
+                )  # fmt: skip
+                if int(marked.rpartition(" ")[2]) != len(unmarked):
+                    raise Moved
             yield
+        self._marked |= set(keys)
 
     async def opening(self, tenant: str, headers: Sequence[Header]) -> tuple[int | None, Ciphers]:
         """Ciphers for what stands in those headers, and the epoch that they are as of: verify it under `guard` before the first use."""

@@ -1,11 +1,25 @@
 """Promise: a retired key version goes when no stored event needs it, and not before."""
 
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sidecar.clean_up import CleanUp
 from sidecar.core.model import Scope, ScopeKind
+from sidecar.core.store import DEFAULT_TENANT, NewEvent
+from sidecar.crypto_store import create_crypto_event_store
+from sidecar.key_management import KeyManagementService
+from sidecar.keys import KeyManagement
+from sidecar.kms import open_kms
+from sidecar.kms.file import create_key_file
+from sidecar.postgres import migrations
+from sidecar.postgres.connection import connect, open_pool
+from sidecar.postgres.event_store import PostgresEventStore
+from sidecar.steps import SystemClock
+from sidecar.testing.memory import MemoryEventStore
 from tests.acceptance.world import World
 
 STREAMS = ("aes-1", "class-1", "tenant-1", "siv-1")
@@ -106,3 +120,24 @@ def test_a_shredded_tenants_keys_are_no_matter_of_clean_up(world: World) -> None
     assert world.carry_out("shred", Scope.of_tenant("acme"))["status"] == "inaccessible"
     expire(world)
     assert world.json(*NOW) == []
+
+
+async def test_what_the_library_sealed_into_another_store_keeps_its_key(database: str, tmp_path: Path) -> None:
+    """A clean-up looks into our store alone, so it does not judge keys that are used elsewhere too."""
+    connection = await connect(database)
+    await migrations.migrate(connection)
+    create_key_file(tmp_path / "kek")
+    pool = await open_pool(database)
+    keys = KeyManagementService(pool, KeyManagement(open_kms(f"file:{tmp_path / 'kek'}")), clock=SystemClock())
+    elsewhere, ours = (create_crypto_event_store(base, keys=keys) for base in (MemoryEventStore(), PostgresEventStore(pool)))
+    try:
+        for store, stream in ((elsewhere, "there"), (ours, "here")):
+            await store.append_to_stream(stream, [NewEvent(type="T", data={"n": 1})])
+            await keys.rotate_key(Scope(tenant=DEFAULT_TENANT, kind=ScopeKind.STREAM, id=stream))
+        await connection.execute("DELETE FROM messages")
+        found = await CleanUp(pool, SystemClock()).run(older_than=timedelta(0))
+        assert [(c.version.scope_id, c.outcome) for c in found] == [("here", "destroyed")]
+        assert [event.data for event in (await elsewhere.read_stream("there")).events] == [{"n": 1}]
+    finally:
+        await pool.close()
+        await connection.close()

@@ -100,6 +100,7 @@ DROP INDEX one_active_key;
 CREATE UNIQUE INDEX one_active_key ON encryption_keys (tenant_id, scope_kind, scope_id, generation) WHERE is_active;
 
 -- ── persons' keys ───────────────────────────────────────────────────────────────────────────────────────────────────
+ALTER TABLE encryption_keys ADD COLUMN used_outside BOOLEAN NOT NULL DEFAULT false;   -- the library sealed with it what stands in another store: no clean-up
 CREATE INDEX stream_key_history_key ON stream_key_history (tenant_id, key_id);   -- which streams hold events of a key: a person's, a shared one's
 
 -- ── evidence ────────────────────────────────────────────────────────────────────────────────────────────────────────
