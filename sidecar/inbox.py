@@ -5,7 +5,7 @@ becomes a negative receipt, never a record that holds up the topic.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -79,42 +79,45 @@ class Inbox:
                     return
                 with suppress(SidecarError):
                     unknown = Incoming(command_id=None, op=None, scope=None, digest=b"", outcome=_NOT_TAKEN)
-                    return await self._refuse([(records[0], unknown)])
+                    return await self._answer([(records[0], unknown)])
             await backoff.wait()
 
     async def _take(self, batch: list[Received]) -> None:
-        """Commands one by one; what is none, all in one transaction: who floods the topic must not hold up the others.
+        """New commands one by one; all the rest in one transaction: who floods the topic must not hold up the others.
 
-        A rejected record takes no command id: else whoever may write to the topic could use up the ids of others. Only where somebody
-        vouches for it and the id is known, it may be a command that came before, and gets that command's receipt.
+        A rejected record takes no command id: else whoever may write to the topic could use up the ids of others. Only what somebody
+        vouches for may be a command that came before.
         """
-        vouched = {i.command_id for _, i in batch if i.command_id and i.vouched and isinstance(i.outcome, CommandRejected)}
-        known: set[UUID] = set()
-        if vouched:
-            async with transaction(self._pool) as connection:
-                known = await commands.known(connection, vouched)
-        refused = []
-        for record, incoming in batch:
-            if isinstance(incoming.outcome, Command) or (incoming.vouched and incoming.command_id in known):
-                await self._once(record, incoming)
-            else:
-                refused.append((record, incoming))
-        await self._refuse(refused)
-
-    async def _once(self, record: ControlRecord, incoming: Incoming) -> None:
-        now = self._clock.now()
-        assert incoming.command_id is not None  # noqa: S101 (a command has an id)
         async with transaction(self._pool) as connection:
-            known = await commands.find(connection, incoming.command_id)
-            if known is not None:
-                return await self._again(connection, known, incoming, record)
-            outcome = await self._judge(connection, incoming.outcome, now)
-            await self._store(connection, incoming.command_id, replace(incoming, outcome=outcome), record, now)
+            known = await commands.find(connection, {i.command_id for _, i in batch if i.vouched and i.command_id})
+        refused: list[Received] = []
+        again: list[tuple[ControlRecord, commands.Entry]] = []
+        for record, incoming in batch:
+            entry = known.get(incoming.command_id) if incoming.vouched and incoming.command_id else None
+            if entry is None and isinstance(incoming.outcome, Command):
+                entry = await self._accept(record, incoming, incoming.outcome)
+                if entry is None:
+                    continue
+            if entry is None:
+                refused.append((record, incoming))
+            elif entry.payload_sha256 == incoming.digest:
+                again.append((record, entry))
+            else:
+                refused.append((record, replace(incoming, outcome=_ID_REUSED)))
+        await self._answer(refused, again)
 
-    async def _judge(self, connection: Connection, outcome: Command | CommandRejected, now: datetime) -> Command | CommandRejected:
+    async def _accept(self, record: ControlRecord, incoming: Incoming, command: Command) -> commands.Entry | None:
+        """Into the inbox; -> the command that has the id, if there is one already."""
+        now = self._clock.now()
+        async with transaction(self._pool) as connection:
+            if known := await commands.find(connection, [command.command_id]):
+                return known[command.command_id]
+            outcome = await self._judge(connection, command, now)
+            await self._store(connection, command.command_id, replace(incoming, outcome=outcome), record, now)
+        return None
+
+    async def _judge(self, connection: Connection, outcome: Command, now: datetime) -> Command | CommandRejected:
         """What could be judged otherwise another time: a command that is refused here stays refused, its id is taken."""
-        if isinstance(outcome, CommandRejected):
-            return outcome
         if outcome.issued_at is not None and outcome.issued_at > now + CLOCK_SKEW:
             return CommandRejected("not_yet_valid", "issued_at lies in the future; compare the clocks")
         if not await commands.tenant_exists(connection, outcome.scope.tenant):
@@ -145,18 +148,17 @@ class Inbox:
         )  # fmt: skip
         log_status(incoming.op, status, command_id, error)
 
-    async def _again(self, connection: Connection, known: commands.Entry, incoming: Incoming, record: ControlRecord) -> None:
-        """The id is known. The same payload: the stored receipt again, unless Kafka merely delivered the same record twice."""
-        if known.payload_sha256 != incoming.digest:
-            reused = CommandRejected("id_reused", "a command with this id and other content came before; it stands as it was")
-            await self._reject(connection, [(record, replace(incoming, outcome=reused))])
-        elif known.facts.get("source") != record.source and known.receipt is not None:
-            await commands.repeat_receipt(connection, known.receipt, record.source)
-
-    async def _refuse(self, refused: list[Received]) -> None:
-        if refused:
+    async def _answer(self, refused: list[Received], again: Sequence[tuple[ControlRecord, commands.Entry]] = ()) -> None:
+        """Negative receipts, and stored ones once more where a command came again and Kafka did not merely deliver the same record twice."""
+        repeats = [
+            (receipt_id(entry.receipt["receipt_id"], "again", record.source), entry.receipt)
+            for record, entry in again
+            if entry.receipt is not None and entry.facts.get("source") != record.source
+        ]
+        if refused or repeats:
             async with transaction(self._pool) as connection:
                 await self._reject(connection, refused)
+                await commands.add_receipts(connection, repeats)
 
     async def _reject(self, connection: Connection, refused: list[Received]) -> None:
         """A negative receipt for each, once per record, however often Kafka delivers it."""
@@ -171,11 +173,13 @@ class Inbox:
         for (record, incoming), row in zip(new, rows, strict=True):
             error = incoming.outcome if isinstance(incoming.outcome, CommandRejected) else _NOT_TAKEN
             said: dict[str, Any] = {"command_id": incoming.command_id, "op": incoming.op, "scope": incoming.scope, "status": "rejected"}
-            bodies.append(receipt(ids[record.source], **said, error=error, audit={"writer": row.writer, "seq": row.seq}))
+            bodies.append((ids[record.source], receipt(ids[record.source], **said, error=error, audit={"writer": row.writer, "seq": row.seq})))
             log_status(incoming.op, "rejected", incoming.command_id, error)
-        await commands.add_receipts(connection, bodies)
+        if await commands.add_receipts(connection, bodies) < len(bodies):
+            raise Conflict("another process takes the same records in")
 
 
+_ID_REUSED = CommandRejected("id_reused", "a command with this id and other content came before; it stands as it was")
 _NOT_TAKEN = CommandRejected("malformed", "the record could not be taken in")
 
 

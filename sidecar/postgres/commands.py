@@ -10,7 +10,6 @@ from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from sidecar.core.command import receipt_id
 from sidecar.core.errors import Conflict
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
@@ -41,23 +40,18 @@ class Entry:
     receipt: dict[str, Any] | None
 
 
-async def find(connection: Connection, command_id: UUID) -> Entry | None:
-    """Locks the row until the end of the transaction."""
+async def find(connection: Connection, command_ids: Collection[UUID]) -> dict[UUID, Entry]:
+    """Those of the ids that are in the inbox."""
     with mapped():
-        row = await connection.fetchrow("SELECT payload_sha256, result, receipt FROM commands WHERE command_id = $1 FOR UPDATE", command_id)
-    return None if row is None else Entry(payload_sha256=row["payload_sha256"], facts=row["result"] or {}, receipt=row["receipt"])
+        rows = await connection.fetch(
+            "SELECT command_id, payload_sha256, result, receipt FROM commands WHERE command_id = ANY ($1)", list(command_ids)
+        )
+    return {r["command_id"]: Entry(payload_sha256=r["payload_sha256"], facts=r["result"] or {}, receipt=r["receipt"]) for r in rows}
 
 
 async def tenant_exists(connection: Connection, tenant: str) -> bool:
     with mapped():
         return bool(await connection.fetchval("SELECT EXISTS (SELECT FROM tenants WHERE tenant_id = $1)", tenant))
-
-
-async def known(connection: Connection, command_ids: Collection[UUID]) -> set[UUID]:
-    """Those of the ids that are in the inbox."""
-    with mapped():
-        rows = await connection.fetch("SELECT command_id FROM commands WHERE command_id = ANY ($1)", list(command_ids))
-    return {row["command_id"] for row in rows}
 
 
 async def insert(
@@ -92,36 +86,23 @@ async def in_outbox(connection: Connection, receipt_ids: Collection[UUID]) -> se
     return {row["receipt_id"] for row in rows}
 
 
-async def add_receipts(connection: Connection, bodies: Sequence[dict[str, Any]]) -> None:
-    """Into the outbox, all at once. Raises Conflict if one of the ids is there."""
-    with mapped():
-        await connection.execute(
-            """INSERT INTO receipts (receipt_id, command_id, status, body, created_at)
-               SELECT (b ->> 'receipt_id')::uuid, (b ->> 'command_id')::uuid, b ->> 'status', b, clock_timestamp()
-               FROM jsonb_array_elements($1::jsonb) b""",
-            list(bodies),
-        )
-
-
-async def add_receipt(connection: Connection, body: dict[str, Any], *, outbox_id: UUID | None = None) -> bool:
-    """Into the outbox, once per id; False if it was there. `outbox_id` is another than the receipt's where a stored one goes out again."""
-    command_id = body["command_id"]
+async def add_receipts(connection: Connection, outgoing: Sequence[tuple[UUID, dict[str, Any]]]) -> int:
+    """Bodies into the outbox, each once per outbox id, which is another than the receipt's where a stored one goes out again; -> how many were new."""
+    rows = [{"id": str(outbox_id), "body": body} for outbox_id, body in outgoing]
     with mapped():
         done = await connection.execute(
             # clock_timestamp: the order of publication is the order of the steps, not of the beginnings of their transactions
-            """INSERT INTO receipts (receipt_id, command_id, status, body, created_at) VALUES ($1, $2, $3, $4, clock_timestamp())
-               ON CONFLICT DO NOTHING""",
-            outbox_id or UUID(body["receipt_id"]),
-            command_id and UUID(command_id),
-            body["status"],
-            body,
+            """INSERT INTO receipts (receipt_id, command_id, status, body, created_at)
+               SELECT (r ->> 'id')::uuid, (r -> 'body' ->> 'command_id')::uuid, r -> 'body' ->> 'status', r -> 'body', clock_timestamp()
+               FROM jsonb_array_elements($1::jsonb) r ON CONFLICT DO NOTHING""",
+            rows,
         )
-    return str(done) == "INSERT 0 1"
+    return int(done.rpartition(" ")[2])
 
 
-async def repeat_receipt(connection: Connection, body: dict[str, Any], source: str) -> None:
-    """Publish a stored receipt again because the command came again, at `source`."""
-    await add_receipt(connection, body, outbox_id=receipt_id(body["receipt_id"], "again", source))
+async def add_receipt(connection: Connection, body: dict[str, Any]) -> None:
+    """Into the outbox, once per id."""
+    await add_receipts(connection, [(UUID(body["receipt_id"]), body)])
 
 
 async def advance(

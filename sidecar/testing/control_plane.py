@@ -86,12 +86,12 @@ def write_config(folder: Path, settings: dict[str, Any]) -> Path:
     return file
 
 
-def start_control(config: Path, *, failpoint: str | None = None, timer_seconds: float = 60) -> ControlProcess:
-    """`failpoint`: the named step at which it kills itself (see shredding.failpoint)."""
+def start_control(config: Path, *, failpoint: str | None = None, timer_seconds: float = 60, broken: str = "") -> ControlProcess:
+    """`failpoint`: the named step at which it kills itself (see steps.failpoint). `broken`: what it runs first, for a control variant."""
     log = config.parent / f"control-{secrets.token_hex(4)}.log"
     environment = dict(os.environ) | ({"SIDECAR_TEST_FAILPOINT": failpoint} if failpoint else {})
     with log.open("wb") as stderr:
-        process = subprocess.Popen([sys.executable, "-c", _MAIN, str(config), str(timer_seconds)], stderr=stderr, env=environment)
+        process = subprocess.Popen([sys.executable, "-c", broken + _MAIN, str(config), str(timer_seconds)], stderr=stderr, env=environment)
     return ControlProcess(process, log)
 
 
