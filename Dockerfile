@@ -15,7 +15,7 @@ COPY sidecar ./sidecar
 RUN pip install --quiet --no-index --find-links /wheels hatchling \
  && pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /dist . \
  && python -m venv /opt/sidecar \
- && /opt/sidecar/bin/pip install --quiet --no-index --find-links /wheels /dist/*.whl \
+ && /opt/sidecar/bin/pip install --quiet --no-index --find-links /wheels "$(ls /dist/*.whl)[pkcs11,vault,aws]" \
  && /opt/sidecar/bin/pip uninstall --quiet --yes pip
 
 FROM ${PYTHON_IMAGE}
