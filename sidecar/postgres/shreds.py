@@ -224,9 +224,10 @@ async def retire(connection: Connection, scope: Scope, older_than: datetime | No
             UNION SELECT key_id FROM stream_key_history WHERE tenant_id = $1 AND stream_id = $2 AND used_to_position IS NULL)""",
         ScopeKind.SUBJECT: "scope_kind = 'subject' AND scope_id = $2",
     }[scope.kind]
+    own_key = f"EXISTS (SELECT FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = '{scope.kind}' AND scope_id = $2)"
     known = {
-        ScopeKind.STREAM: "SELECT EXISTS (SELECT FROM streams WHERE tenant_id = $1 AND stream_id = $2)",
-        ScopeKind.SUBJECT: "SELECT EXISTS (SELECT FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = 'subject' AND scope_id = $2)",
+        ScopeKind.STREAM: f"SELECT EXISTS (SELECT FROM streams WHERE tenant_id = $1 AND stream_id = $2) OR {own_key}",  # or in another store
+        ScopeKind.SUBJECT: f"SELECT {own_key}",
     }.get(scope.kind)
     with mapped():
         if known is not None and not await connection.fetchval(known, scope.tenant, scope.id):
