@@ -355,7 +355,7 @@ class ControlPlane:
             "rotate": Rotation(steps),
             "hold": Holding(steps),
             "release": Releasing(steps),
-            "readmit": Readmission(steps),
+            "readmit": Readmission(steps, self._sealing().renew_dedicated),
         }
         self._outbox = Outbox(self._pool, ReceiptPublisher(self._settings))
         self._executor = Executor(self._pool, flows, self._wake_outbox)

@@ -4,6 +4,7 @@ The tenant's next generation, or the fence's end below tenant level; keys of old
 shred stay refused by its source end offsets. Only `restore`, within the shred's grace, takes the shred itself back.
 """
 
+from collections.abc import Awaitable, Callable
 from uuid import UUID
 
 from sidecar import grace
@@ -20,8 +21,9 @@ from sidecar.steps import FINISHED, Steps, failpoint
 class Readmission:
     """The flow of `readmit`."""
 
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
+    def __init__(self, steps: Steps, renew: Callable[[str], Awaitable[None]]) -> None:
+        """`renew`: makes a KMS key that was the tenant's alone fit to wrap again."""
+        self._steps, self._renew = steps, renew
 
     async def step(self, job: Job, command: Command) -> Job:
         failpoint(f"readmit:{job.step or 'accepted'}")
@@ -29,6 +31,8 @@ class Readmission:
 
     async def _readmit(self, job: Job, command: Command) -> Job:
         scope, steps = command.scope, self._steps
+        if scope.kind is ScopeKind.TENANT and not command.restore:
+            await self._renew(scope.tenant)
         async with steps.under_guard(scope.tenant) as connection:
             tenant = await shreds.lock_tenant(connection, scope.tenant)
             await replays.adopt(connection, scope)

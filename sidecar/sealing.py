@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from sidecar import telemetry
 from sidecar.core.audit import tenant_ref
-from sidecar.core.errors import AuthenticationFailed, Conflict, SidecarError, Unavailable
+from sidecar.core.errors import AuthenticationFailed, Conflict, KmsUnavailable, SidecarError, Unavailable
 from sidecar.core.kms import KmsVersion, VersionState
 from sidecar.core.model import duration_ms
 from sidecar.keys import KeyManagement, kek_row
@@ -81,15 +81,11 @@ class Sealing:
         return out
 
     async def renew_dedicated(self, tenant: str) -> None:
-        """Of a tenant that is readmitted: what its key was before may be on its way to destruction, and wraps nothing any more."""
+        """Before a tenant is readmitted: what was its own KMS key is on its way to destruction, so its next KEK gets a new version."""
         async with transaction(self._pool) as connection:
-            epochs = await seal_epochs.of_tenant(connection, tenant)
-        if not epochs:
-            return
-        kms = await self._kms.dedicated(tenant)
-        over = {(epoch.kms_uri, epoch.key_version) for epoch in epochs if epoch.state != "active"}
-        if (kms.uri, await kms.current()) in over:
-            await kms.add_version()
+            epochs, lives = await seal_epochs.of_tenant(connection, tenant), await seal_epochs.has_keks(connection, tenant)
+        if epochs and not lives:
+            await self._succeed(await self._kms.dedicated(tenant), epochs, tenant, WRITER)
 
     # steps
 
@@ -98,9 +94,17 @@ class Sealing:
             epochs = await seal_epochs.of_key(connection, kms.uri)
         if not epochs or any(epoch.state == "retiring" for epoch in epochs):
             return  # it never wrapped anything; or a roll is under way
-        version = await kms.current()
-        if any(epoch.key_version == version for epoch in epochs):
-            version = await kms.add_version()  # else a roll ended right behind this: the version is there, and nothing uses it
+        await self._succeed(kms, epochs, tenant, actor)
+
+    async def _succeed(self, kms: Kms, epochs: list[SealEpoch], tenant: str | None, actor: str) -> None:
+        """The next version wraps; all before are retiring."""
+        try:
+            version = await kms.current()
+            new = all(epoch.key_version != version for epoch in epochs)  # a roll ended right behind this: it is there, and nothing uses it
+        except KmsUnavailable:
+            new = False  # also when the newest is destroyed; if the KMS is away, it says so again
+        if not new:
+            version = await kms.add_version()
         failpoint("roll:added")
         async with transaction(self._pool) as connection:
             retiring = await seal_epochs.begin(connection, kms.uri, version, tenant)

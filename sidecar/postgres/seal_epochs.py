@@ -53,6 +53,12 @@ async def of_tenant(connection: Connection, tenant: str) -> list[SealEpoch]:
     return await _epochs(connection, "tenant_id = $1", tenant)
 
 
+async def has_keks(connection: Connection, tenant: str) -> bool:
+    """One that is not destroyed, whichever KMS key wraps it."""
+    with mapped():
+        return bool(await connection.fetchval("SELECT EXISTS (SELECT FROM tenant_keys WHERE tenant_id = $1 AND wrapped IS NOT NULL)", tenant))
+
+
 async def under_way(connection: Connection) -> list[SealEpoch]:
     """What a roller has to look after."""
     return await _epochs(connection, "state IN ('retiring', 'retired', 'destroying')")

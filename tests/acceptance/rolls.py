@@ -4,6 +4,7 @@ import io
 import itertools
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from datetime import datetime
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -11,10 +12,11 @@ from sidecar.core.aead import lp
 from sidecar.core.envelope import NO_FIELD, PREFIX_BYTES, event_aad, open_envelope, parse_header, stream_aad
 from sidecar.core.errors import AuthenticationFailed, SidecarError
 from sidecar.core.keys import Dek, DekRow, Kek
+from sidecar.core.model import Scope, ScopeKind
 from sidecar.keys import KeyManagement, dek_row, kek_row
 from sidecar.kms import open_for
 from sidecar.ports import Kms
-from sidecar.postgres import migrations
+from sidecar.postgres import migrations, seal_epochs
 from sidecar.postgres.connection import connect, open_pool
 from sidecar.sealing import Sealing
 from sidecar.steps import SystemClock
@@ -59,6 +61,22 @@ def wrapped_by(world: World) -> dict[str, str]:
     """tenant → version of the KMS key under which its KEK is."""
     rows = world.sql("SELECT tenant_id, kms_key_version FROM tenant_keys WHERE wrapped IS NOT NULL ORDER BY kek_version")
     return {row["tenant_id"]: row["kms_key_version"] for row in rows}
+
+
+def irrecoverable(world: World, receipt: dict[str, Any]) -> tuple[datetime | None, str | None]:
+    """What the seal epochs say of a shred."""
+    said = receipt["scope"]
+    scope = Scope(tenant=said["tenant"], kind=ScopeKind(said["kind"]), id=said.get("id", ""))
+
+    async def main() -> tuple[datetime | None, str | None]:
+        connection = await connect(world.dsn)
+        try:
+            at = datetime.fromisoformat(receipt["inaccessible_at"])
+            return await seal_epochs.irrecoverable(connection, scope, UUID(receipt["command_id"]), at)
+        finally:
+            await connection.close()
+
+    return blocking(main)
 
 
 def statuses(world: World, tenant: str, **of: Any) -> list[str]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID
 
 import pytest
 
@@ -27,7 +26,7 @@ from sidecar.postgres import seal_epochs
 from sidecar.postgres.connection import connect, open_pool
 from sidecar.postgres.errors import mapped
 from sidecar.sealing import Sealing
-from tests.acceptance.rolls import backup, confirm_and_destroy, opened_by_anybody, restore, roll, sealing, states, statuses, wrapped_by
+from tests.acceptance.rolls import backup, confirm_and_destroy, irrecoverable, opened_by_anybody, restore, roll, sealing, states, statuses, wrapped_by
 from tests.acceptance.world import World, blocking, until
 
 SECRETS = {"acme": 4, "globex": 4}
@@ -116,15 +115,7 @@ STATES = [(VersionState.DISABLED, None), (VersionState.DISABLED, LONG_AGO), (Ver
 def claims(world: World, receipt: dict[str, Any]) -> dict[str, Any]:
     """What the product says of the first epoch and of the shred of a tenant that was under it."""
 
-    async def read() -> tuple[datetime | None, str | None]:
-        connection = await connect(world.dsn)
-        try:
-            at = datetime.fromisoformat(receipt["inaccessible_at"])
-            return await seal_epochs.irrecoverable(connection, Scope.of_tenant("acme"), UUID(receipt["command_id"]), at)
-        finally:
-            await connection.close()
-
-    irrecoverable_at, reason = blocking(read)
+    irrecoverable_at, reason = irrecoverable(world, receipt)
     row = world.sql("SELECT * FROM seal_epochs ORDER BY created_at LIMIT 1")[0]
     said = {"state": row["state"], "epoch": row["irrecoverable_at"], "destroyed_at": row["destroyed_at"], "shred": irrecoverable_at}
     return said | {"reason": reason}

@@ -1,13 +1,18 @@
 """Seal epochs: rolled from the command line and by the timer, with a backup to confirm, and with tenants that get a new KEK."""
 
+import asyncio
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from sidecar import rekeying
+from sidecar.core.errors import Unavailable
 from sidecar.core.model import Scope, ScopeKind
+from sidecar.postgres import rekeys
 from sidecar.testing import control_plane as kit
-from tests.acceptance.rolls import confirm_and_destroy, roll, states, statuses, wrapped_by
+from tests.acceptance.rolls import confirm_and_destroy, irrecoverable, roll, states, statuses, wrapped_by
 from tests.acceptance.world import World, until
 
 TENANTS = ("acme", "globex", "initech")
@@ -99,3 +104,170 @@ def test_a_confirmed_backup_is_refused_for_an_epoch_that_still_wraps(filled: Wor
         "a second confirmation changes nothing and shows where it stands"
     )
     assert list(states(filled).values()) == ["destroyed", "active"]
+
+
+# a KMS key per tenant
+
+
+def own_keys(world: World) -> dict[str, list[str]]:
+    """tenant → the states of its own KMS key's versions, oldest first."""
+    out: dict[str, list[str]] = {}
+    for row in world.sql("SELECT * FROM seal_epochs ORDER BY created_at"):
+        out.setdefault(row["tenant_id"], []).append(row["state"])
+    return out
+
+
+@pytest.fixture
+def dedicated(make_world: Callable[..., World]) -> World:
+    world = make_world(kms={"uri": "file:./kek", "dedicated": True})
+    world.run()
+    world.control()
+    for tenant in ("acme", "globex"):
+        for stream in ("aes-0", "aes-1"):
+            world.event(world.topic("in"), b"x", tenant=tenant, stream=stream)
+    world.settle()
+    return world
+
+
+def test_a_dedicated_key_is_destroyed_at_its_tenants_shred_and_nobody_elses(dedicated: World) -> None:
+    world = dedicated
+    assert own_keys(world) == {"acme": ["active"], "globex": ["active"]}
+    assert len({row["kms_uri"] for row in world.sql("SELECT kms_uri FROM tenant_keys")}) == 2
+    receipt = world.carry_out("shred", Scope.of_tenant("acme"))
+    until(lambda: own_keys(world)["acme"] == ["destroyed"], "the key to be destroyed, without a roll and without a backup")
+    assert own_keys(world)["globex"] == ["active"]
+    assert statuses(world, "globex") == ["ok", "ok"]
+    at, why = irrecoverable(world, receipt)
+    assert (at is not None, why) == (True, None)
+
+    assert world.carry_out("readmit", Scope.of_tenant("acme"))["status"] == "done"
+    world.event(world.topic("in"), b"again", tenant="acme", stream="aes-7")
+    world.settle()
+    assert own_keys(world)["acme"] == ["destroyed", "active"]
+    assert statuses(world, "acme", stream="aes-7") == ["ok"]
+    assert statuses(world, "acme", stream="aes-0") == ["erased"]
+
+
+def test_a_tenant_that_is_readmitted_before_its_own_key_is_destroyed_gets_the_next_version(dedicated: World) -> None:
+    world = dedicated
+    world.sql("CREATE FUNCTION not_yet() RETURNS TRIGGER LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$")
+    world.sql("CREATE TRIGGER not_yet BEFORE UPDATE ON seal_epochs FOR EACH ROW WHEN (NEW.state = 'destroying') EXECUTE FUNCTION not_yet()")
+    world.carry_out("shred", Scope.of_tenant("acme"))
+    assert world.carry_out("readmit", Scope.of_tenant("acme"))["status"] == "done"
+    world.event(world.topic("in"), b"again", tenant="acme", stream="aes-7")
+    world.settle()
+    assert own_keys(world)["acme"][-1] == "active"
+    assert own_keys(world)["acme"][0] in ("retiring", "retired")
+    world.sql("DROP TRIGGER not_yet ON seal_epochs")
+    until(lambda: own_keys(world)["acme"] == ["destroyed", "active"], "the first version to be destroyed")
+    assert statuses(world, "acme", stream="aes-7") == ["ok"]
+
+
+def test_a_dedicated_key_rolls_when_a_stream_of_its_tenant_was_shredded(dedicated: World) -> None:
+    world = dedicated
+    receipt = world.carry_out("shred", stream_of("globex", "aes-1"))
+    assert irrecoverable(world, receipt) == (None, "next seal epoch")
+    roll(world, dedicated=True)
+    assert own_keys(world) == {"acme": ["active"], "globex": ["retired", "active"]}
+    assert irrecoverable(world, receipt) == (None, "keystore backup to be confirmed")
+    confirm_and_destroy(world, dedicated=True)
+    assert own_keys(world) == {"acme": ["active"], "globex": ["destroyed", "active"]}
+    assert irrecoverable(world, receipt)[0] is not None
+    assert statuses(world, "globex", stream="aes-0") == ["ok"]
+    assert statuses(world, "acme") == ["ok", "ok"]
+
+
+# quarantine
+
+
+def test_what_is_in_quarantine_keeps_its_epoch_from_being_destroyed(filled: World) -> None:
+    """Within a grace a key may come back: its wrap needs the KEK, and that the version of the KMS key."""
+    filled.sql(
+        """INSERT INTO quarantined_keys (command_id, tenant_id, generation, kek_version, wrapped, until, was)
+           SELECT gen_random_uuid(), tenant_id, generation, kek_version, wrapped, now() + interval '1 day', state
+           FROM tenant_keys WHERE tenant_id = 'acme'"""
+    )
+    filled.sql("UPDATE tenant_keys SET wrapped = NULL WHERE tenant_id = 'acme'")
+    (old,) = states(filled)
+    with pytest.raises(Unavailable, match="not empty yet"):
+        roll(filled)
+    assert states(filled)[old] == "retiring"
+    filled.sql(
+        "WITH q AS (DELETE FROM quarantined_keys RETURNING *) UPDATE tenant_keys k SET wrapped = q.wrapped FROM q WHERE k.tenant_id = q.tenant_id"
+    )
+    roll(filled)
+    assert list(states(filled).values()) == ["retired", "active"], "the roll that was begun went on; no other was begun"
+    assert statuses(filled, "acme") == ["ok"] * 6
+
+
+def test_a_tenant_with_a_shredded_stream_in_quarantine_keeps_its_kek_until_the_next_roll(filled: World) -> None:
+    filled.control()
+    filled.carry_out("shred", stream_of("acme", "aes-1"))
+    filled.sql(
+        """INSERT INTO quarantined_keys (command_id, tenant_id, generation, key_id, key_version, wrapped, until, was)
+           VALUES (gen_random_uuid(), 'acme', 1, gen_random_uuid(), 1, '', now() + interval '1 day', 'active')"""
+    )
+    roll(filled)
+    assert filled.value("SELECT count(*) FROM tenant_keys WHERE tenant_id = 'acme'") == 1
+    assert filled.value("SELECT below_kek FROM erased_scopes WHERE tenant_id = 'acme'") is None
+    filled.sql("DELETE FROM quarantined_keys")
+    roll(filled)
+    assert filled.value("SELECT below_kek FROM erased_scopes WHERE tenant_id = 'acme'") == 2
+    assert statuses(filled, "acme", stream="aes-0") == ["ok"] * 3
+
+
+# traffic
+
+
+def test_a_tenant_that_gets_a_new_kek_under_traffic_loses_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New streams, new events of old streams, a rotation and a shred of a stream, while its DEKs move in small chunks."""
+    monkeypatch.setattr(rekeying, "CHUNK", 5)
+    world.run()
+    world.control()
+    sent = 0
+
+    def some(count: int) -> None:
+        nonlocal sent
+        for _ in range(count):
+            world.event(world.topic("in"), str(sent).encode(), tenant="acme", stream=f"aes-{sent % (60 + sent // 10)}")
+            sent += 1
+        world.flush()
+
+    some(200)
+    world.event(world.topic("in"), b"gone", tenant="acme", stream="gone")
+    world.settle()
+    world.carry_out("shred", stream_of("acme", "gone"))
+    move = rekeys.rewrap
+
+    async def busily(connection: Any, kek: Any, deks: Any) -> int:
+        some(10)
+        if sent % 50 == 0:
+            await asyncio.to_thread(world.carry_out, "rotate", Scope.of_tenant("acme"))
+        return await move(connection, kek, deks)
+
+    monkeypatch.setattr(rekeys, "rewrap", busily)
+    roll(world)
+    confirm_and_destroy(world)
+    some(50)
+    world.settle()
+    values = [event["value"] for event in world.events("acme") if event["stream_id"] != "gone"]
+    assert sorted(values) == sorted(str(n).encode() for n in range(sent))
+    live = world.sql("SELECT kek_version, wrapped IS NULL AS gone FROM tenant_keys WHERE tenant_id = 'acme' ORDER BY 1")
+    assert [(row["kek_version"], row["gone"]) for row in live] == [(1, True), (2, False)]
+    assert world.value("SELECT count(*) FROM encryption_keys WHERE key_material IS NOT NULL AND kek_version < 2") == 0
+
+
+def test_a_key_row_that_was_altered_keeps_its_tenants_old_key_and_the_epoch(filled: World) -> None:
+    """The roller destroys nothing that it could not move; all others move."""
+    filled.control()
+    filled.carry_out("shred", stream_of("acme", "aes-1"))
+    filled.sql("UPDATE encryption_keys SET key_material = set_byte(key_material, 20, 1 - get_byte(key_material, 20) & 1) WHERE tenant_id = 'acme'")
+    filled.sql("UPDATE tenant_keys SET wrapped = set_byte(wrapped, 20, 1 - get_byte(wrapped, 20) & 1) WHERE tenant_id = 'globex'")
+    (old,) = states(filled)
+    with pytest.raises(Unavailable, match="not empty yet"):
+        roll(filled)
+    with pytest.raises(Unavailable, match="not empty yet"):
+        confirm_and_destroy(filled)
+    assert states(filled)[old] == "retiring"
+    assert filled.value("SELECT count(*) FROM tenant_keys WHERE wrapped IS NOT NULL AND kms_key_version = $1", old) == 2
+    assert statuses(filled, "initech") == ["ok"] * 6

@@ -1,6 +1,6 @@
 """`make bench`: what the product costs, as ratios of rounds that were interleaved in one run. Prints a table and JSON.
 
-    python -m tests.benchmarks.run [--events 60000] [--rounds 3] [--only throughput,streams,commands,memory,audit] [--json FILE]
+    python -m tests.benchmarks.run [--events 60000] [--rounds 3] [--only throughput,streams,commands,memory,audit,epochs] [--json FILE]
 
 Broker, database and this process share the machine: seconds mean little, ratios of one run something. Nothing here fails for being slow.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import uvloop
 
 from sidecar.testing import local_stack
-from tests.benchmarks import audit, commands, throughput
+from tests.benchmarks import audit, commands, epochs, throughput
 
 BOUNDS = {
     "encrypted / plain": ">= 0.90",
@@ -32,6 +32,7 @@ BOUNDS = {
     "shred of 100,000 streams ms": "< 1000",
     "memory after a million streams MB": "< 250",
     "verify of 1,000,000 audit rows s": "< 30",
+    "epoch roll of 10,000 tenants on SoftHSM s": "< 10",
 }
 
 
@@ -44,7 +45,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shreds", type=int, default=200, help="small tenants to shred, and streams to rotate, under load")
     parser.add_argument("--large", type=int, default=100_000, help="streams of the one large tenant")
     parser.add_argument("--audit-rows", type=int, default=1_000_000)
-    parser.add_argument("--only", default="throughput,streams,commands,memory,audit")
+    parser.add_argument("--tenants", type=int, default=10_000, help="whose keys a new seal epoch takes over")
+    parser.add_argument("--only", default="throughput,streams,commands,memory,audit,epochs")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -61,6 +63,8 @@ async def measure(options: argparse.Namespace, stack: local_stack.LocalStack) ->
         figures |= await commands.latencies(bench, options.shreds, options.large)
     if "audit" in only:
         figures |= await audit.verify_seconds(bench, options.audit_rows)
+    if "epochs" in only:
+        figures |= await epochs.roll_seconds(bench, options.tenants)
     if "memory" in only:
         figures |= await throughput.memory(bench, options.memory_streams)
     return figures
