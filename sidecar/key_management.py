@@ -8,12 +8,14 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final
 from uuid import UUID
 
+from sidecar.clean_up import CleanUp
 from sidecar.core.aead import Cipher, Suite
 from sidecar.core.envelope import Header
-from sidecar.core.errors import Conflict, KeyUnavailable, RecordRefused, UnknownKey
+from sidecar.core.errors import CommandRejected, Conflict, KeyUnavailable, RecordRefused, UnknownKey
 from sidecar.core.keys import UseLimits
 from sidecar.core.model import Scope, ScopeKind, tenant_id
 from sidecar.core.policy import Encrypt, PolicySet, Unmatched
@@ -21,8 +23,9 @@ from sidecar.core.streams import Fresh, SealingKey, Stream, Tenant, Touch
 from sidecar.core.view import guard_stripe
 from sidecar.event_store import Ciphers
 from sidecar.keys import KeyManagement
+from sidecar.ledger import LedgerGate
 from sidecar.ports import Clock
-from sidecar.postgres import audit, shreds
+from sidecar.postgres import audit, holds, shreds
 from sidecar.postgres import fresh as fresh_rows
 from sidecar.postgres.connection import Pool, transaction
 from sidecar.postgres.errors import Moved
@@ -64,7 +67,9 @@ class KeyManagementService:
         unmatched: Unmatched = "encrypt",
         max_streams: int = 10_000,
         limits: UseLimits | None = None,
+        ledger: LedgerGate | None = None,
     ) -> None:
+        self._ledger = ledger
         self._limits = limits or UseLimits()
         self._pool, self._keys, self._clock, self._writer, self._unmatched = pool, keys, clock, writer, unmatched
         self._store = KeyStore(pool)
@@ -89,6 +94,12 @@ class KeyManagementService:
         self._opening.pop(tenant, None)
         self._policies = None
 
+    async def _check_ledger(self) -> None:
+        """Nothing is sealed or opened from a database that lacks what the ledger has. Raises LedgerBehind; remembers for a while that all is well."""
+        if self._ledger is not None:
+            async with self._pool.acquire() as connection:
+                await self._ledger.check(connection)  # type: ignore[arg-type]
+
     def forget_stream(self, tenant: str, stream: str) -> None:
         """Its head or its class is not what it was."""
         held = self._streams.tenants.get(tenant.encode())
@@ -96,12 +107,15 @@ class KeyManagementService:
             held.streams.pop(stream.encode(), None)
             held.aged.pop(stream.encode(), None)
 
-    def in_hand(self, tenant: str, stream: str, wanted: Encrypt | None = None) -> Held | None:
-        """Without I/O: what an append needs, if it is warm. `wanted` is an override; else policy says which suite seals."""
+    def in_hand(self, tenant: str, stream: str, wanted: Encrypt | None = None, *, text: bool = False) -> Held | None:
+        """Without I/O: what an append needs, if it is warm. `wanted` is an override; else policy says which suite seals.
+
+        What a stream's texts need is remembered apart: its events may be plain.
+        """
         held = self._streams.tenants.get(tenant.encode())
         if held is None or not held.exists or self._policies is None:
             return None
-        found = self._streams.find(held, stream.encode())
+        found = self._streams.find(held, _raw(stream, text))
         if found is None:
             return None
         decision = wanted or self._policies.decide(tenant, found.stream_class)
@@ -116,18 +130,43 @@ class KeyManagementService:
             raise RecordRefused(tenant.refusal or stream.refusal or "")
         return Held(tenant, stream, SealedFor(epoch=tenant.epoch if stream.key or stream.by_subject else None, policy_version=policies.version))
 
-    async def hold(self, tenant: str, stream: str, stream_class: str, wanted: Encrypt | None = None) -> Held:
+    async def hold(self, tenant: str, stream: str, stream_class: str, wanted: Encrypt | None = None, *, text: bool = False) -> Held:
         """What an append needs; makes and records keys that are missing. One at a time: two callers must not make the same key."""
         async with self._making:
             for _ in range(ATTEMPTS):
-                held = self.in_hand(tenant, stream, wanted)
+                held = self.in_hand(tenant, stream, wanted, text=text)
                 if held is not None:
                     return held
                 try:
-                    return await self._load(tenant, stream, stream_class, wanted)
+                    return await self._load(tenant, stream, stream_class, wanted, text)
                 except Conflict:
                     self.forget(tenant)
         raise Conflict("others keep changing this tenant's keys; try again")
+
+    async def clean_up(self, older_than: timedelta, tenant: str | None = None) -> int:
+        """Destroy versions retired longer ago than that which nothing stored needs. -> how many. Raises AccessDenied without the control role."""
+        cleaned = await CleanUp(self._pool, self._clock).run(tenant=tenant, older_than=older_than, actor=self._writer)
+        return sum(found.outcome == "destroyed" for found in cleaned)
+
+    async def is_forgettable(self, scope: Scope) -> bool:
+        """No hold stands in the way of a shred, and no key of the scope is needed by others."""
+        async with transaction(self._pool) as connection:
+            if await holds.overlapping(connection, scope):
+                return False
+            if scope.kind is ScopeKind.TENANT:
+                return await shreds.find_tenant(connection, scope.tenant) is not None
+            try:
+                await shreds.refuse_shared(connection, scope)
+            except CommandRejected:
+                return False
+        return True
+
+    async def hold_for_text(self, tenant: str, stream: str, stream_class: str) -> Held:
+        """Of text that is kept outside the store: under the key that the stream's events have, under one of the stream where policy leaves them plain."""
+        wanted = (await self.policies()).decide(tenant, stream_class)
+        if not isinstance(wanted, Encrypt) or wanted.key_scope is ScopeKind.SUBJECT:
+            wanted = Encrypt(Suite.AES_256_GCM, ScopeKind.STREAM)
+        return await self.hold(tenant, stream, stream_class, wanted, text=True)
 
     async def sealing_keys(self, held: Held, persons: Sequence[str | None]) -> list[SealingKey]:
         """A key per event, with room to seal: the stream's, or its person's. Raises RecordRefused for a person who was erased, KeyExhausted."""
@@ -166,23 +205,24 @@ class KeyManagementService:
             raise KeyUnavailable("an event has no key to be sealed with")
         return key
 
-    async def _load(self, name: str, stream: str, stream_class: str, wanted: Encrypt | None) -> Held:
+    async def _load(self, name: str, stream: str, stream_class: str, wanted: Encrypt | None, text: bool) -> Held:
+        await self._check_ledger()
         policies, raw = await self.policies(), tenant_id(name).encode()
         fresh = Fresh()
         if raw not in self._streams.tenants:
             await self._streams.load_tenants([name])
         tenant = self._streams.tenants[raw]
-        self.forget_stream(name, stream)
+        tenant.streams.pop(_raw(stream, text), None)
         try:
             if tenant.refusal is None:
                 decisions = policies if wanted is None else policies.overridden(wanted)
-                await self._streams.load_streams([Touch(tenant, stream.encode(), stream, stream_class)], decisions, fresh)
+                await self._streams.load_streams([Touch(tenant, _raw(stream, text), stream, stream_class)], decisions, fresh)
                 await self._record(tenant, fresh)
         except BaseException:
             self._streams.discard([name])  # what was made and not recorded is nobody's key
             raise
         self._streams.age()
-        found = self._streams.find(tenant, stream.encode()) or Stream(stream, b"", stream_class, tenant.refusal, None, 0)
+        found = self._streams.find(tenant, _raw(stream, text)) or Stream(stream, b"", stream_class, tenant.refusal, None, 0)
         return self._held(tenant, found, policies)
 
     async def _record(self, tenant: Tenant, fresh: Fresh) -> None:
@@ -232,6 +272,7 @@ class KeyManagementService:
 
     async def opening(self, tenant: str, headers: Sequence[Header]) -> tuple[int | None, Ciphers]:
         """Ciphers for what stands in those headers, and the epoch that they are as of: verify it under `guard` before the first use."""
+        await self._check_ledger()
         known = self._opening.get(tenant)
         if known is None:
             epoch: int | None = await self._pool.fetchval("SELECT epoch FROM tenants WHERE tenant_id = $1", tenant)
@@ -275,3 +316,8 @@ class KeyManagementService:
             )  # fmt: skip
         self.forget(scope.tenant)
         return len(names)
+
+
+def _raw(stream: str, text: bool) -> bytes:
+    """Under which name the cache has it; no stream id begins with NUL."""
+    return b"\0" + stream.encode() if text else stream.encode()

@@ -1,14 +1,20 @@
-"""Policy service: install, list, apply. Each change moves the policy version and has an audit row, in one transaction."""
+"""Policy service. Each change moves the policy version and has a row of the history and of the audit, in one transaction."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sidecar.core.policy import Policy
+from pydantic import ValidationError
+
+from sidecar.core.errors import ConfigurationError, Conflict
+from sidecar.core.model import UNCLASSIFIED
+from sidecar.core.policy import Policy, Unmatched
+from sidecar.core.store import DEFAULT_TENANT
+from sidecar.ports import Clock
 from sidecar.postgres import audit
-from sidecar.postgres.connection import Connection
+from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.postgres.errors import mapped
-from sidecar.postgres.keystore import policy_from_row
+from sidecar.postgres.keystore import KeyStore, policy_from_row
 from sidecar.settings import PolicySpec
 
 
@@ -19,7 +25,9 @@ async def list_policies(connection: Connection) -> list[dict[str, Any]]:
     return [dict(row) for row in rows]
 
 
-async def apply(connection: Connection, specs: Sequence[PolicySpec], *, actor: str, now: datetime, only_new: bool = False) -> list[Policy]:
+async def apply(
+    connection: Connection, specs: Sequence[PolicySpec], *, actor: str, now: datetime, only_new: bool = False, reason: str = "configuration"
+) -> list[Policy]:
     """Make the policies as written; answers those that changed. Live with the next batch of every instance."""
     changed: list[Policy] = []
     with mapped():
@@ -29,9 +37,7 @@ async def apply(connection: Connection, specs: Sequence[PolicySpec], *, actor: s
                 if policy is not None:
                     changed.append(policy)
             if changed:
-                version = await connection.fetchval("UPDATE policy_version SET version = version + 1 RETURNING version")
-                details = {"policy_version": version, "policies": [_summary(policy) for policy in changed]}
-                await audit.append(connection, writer="policy", at=now, action="change_policies", actor=actor, tenant=None, details=details)
+                await _changed(connection, changed, actor=actor, now=now, reason=reason)
     return changed
 
 
@@ -63,6 +69,116 @@ async def _upsert(connection: Connection, spec: PolicySpec, now: datetime, only_
         now,
     )
     return policy_from_row(row)
+
+
+class EncryptionPolicyService:
+    """The plan's operations. Each change is validated, versioned, audited with who and why, and live with the next append or batch everywhere."""
+
+    def __init__(self, pool: Pool, clock: Clock, *, unmatched: Unmatched = "encrypt", classify: Callable[[str, str], str] | None = None) -> None:
+        self._pool, self._clock, self._unmatched = pool, clock, unmatched
+        self._classify = classify or (lambda _stream, _type: UNCLASSIFIED)
+
+    async def create_policy(self, policy: PolicySpec, *, actor: str, reason: str) -> Policy:
+        """Raises Conflict if the tenant has one of that class."""
+        async with transaction(self._pool) as connection:
+            made = await _upsert(connection, policy, self._clock.now(), only_new=True)
+            if made is None:
+                raise Conflict(f"there is a policy of tenant {policy.tenant} for class {policy.stream_class} already; update it")
+            await _changed(connection, [made], actor=actor, now=self._clock.now(), reason=reason)
+        return made
+
+    async def update_policy(self, policy_id: str, changes: Mapping[str, Any], *, actor: str, reason: str) -> Policy:
+        """`changes` are fields of PolicySpec but class and tenant. Raises UnknownPolicy, and ConfigurationError for what makes no policy."""
+        async with transaction(self._pool) as connection:
+            spec = _spec(await _find(connection, policy_id)).model_dump(by_alias=True)
+            if changes.keys() & {"class", "stream_class", "tenant"}:
+                raise ConfigurationError("class and tenant name a policy, they do not change", where=policy_id, mend="create another policy")
+            updated = await _upsert(connection, as_spec(spec | dict(changes), where=policy_id), self._clock.now(), only_new=False)
+            if updated is None:
+                return policy_from_row(await _find(connection, policy_id))
+            await _changed(connection, [updated], actor=actor, now=self._clock.now(), reason=reason)
+        return updated
+
+    async def delete_policy(self, policy_id: str, *, actor: str, reason: str) -> None:
+        """From then on `*`'s policy of the class counts, or `policies.unmatched`. A stream once encrypted stays encrypted. Raises UnknownPolicy."""
+        async with transaction(self._pool) as connection:
+            gone = policy_from_row(await _find(connection, policy_id))
+            await connection.execute("DELETE FROM encryption_policies WHERE policy_id = $1", policy_id)
+            await _changed(connection, [gone], actor=actor, now=self._clock.now(), reason=reason, deleted=True)
+
+    async def get_policy(self, policy_id: str) -> Policy | None:
+        async with transaction(self._pool) as connection:
+            row = await connection.fetchrow("SELECT * FROM encryption_policies WHERE policy_id = $1", policy_id)
+        return None if row is None else policy_from_row(row)
+
+    async def get_policy_for_stream(self, stream_id: str, tenant_id: str = DEFAULT_TENANT, event_types: Sequence[str] = ()) -> Policy | None:
+        """By the stream's class: the one fixed by its first event, else what the class rules say of it. None: `policies.unmatched` decides."""
+        async with transaction(self._pool) as connection:
+            known = await connection.fetchval("SELECT stream_type_class FROM streams WHERE tenant_id = $1 AND stream_id = $2", tenant_id, stream_id)
+        loaded = await KeyStore(self._pool).policies(self._unmatched)
+        return loaded.find(tenant_id, known or self._classify(stream_id, event_types[0] if event_types else ""))
+
+    async def list_policies(self, tenant_id: str | None = None) -> list[Policy]:
+        """All, or those that can concern a tenant: its own, and those of `*`."""
+        async with transaction(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT * FROM encryption_policies WHERE $1::text IS NULL OR tenant_id IN ($1, '*') ORDER BY stream_type_class, tenant_id", tenant_id
+            )
+        return [policy_from_row(row) for row in rows]
+
+    async def get_policies_for_stream_type(self, stream_type: str) -> list[Policy]:
+        async with transaction(self._pool) as connection:
+            rows = await connection.fetch("SELECT * FROM encryption_policies WHERE stream_type_class = $1 ORDER BY tenant_id", stream_type)
+        return [policy_from_row(row) for row in rows]
+
+    async def history(self, policy_id: str) -> list[dict[str, Any]]:
+        """Every version that there was: what, who, why, when; oldest first."""
+        async with transaction(self._pool) as connection:
+            rows = await connection.fetch("SELECT * FROM policy_history WHERE policy_id = $1 ORDER BY policy_version", policy_id)
+        return [dict(row) for row in rows]
+
+
+class UnknownPolicy(ConfigurationError):
+    """There is no such policy."""
+
+
+def as_spec(document: Mapping[str, Any], *, where: str) -> PolicySpec:
+    """A policy as a person wrote it. Raises ConfigurationError: what, where, how to mend."""
+    try:
+        return PolicySpec.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        at = ".".join(str(part) for part in first["loc"])
+        mend = "a policy has class, tenant, encrypt, algorithm, key_scope, subject, rotation_days"
+        raise ConfigurationError(first["msg"].removeprefix("Value error, "), where=f"{where}: {at}", mend=mend) from None
+
+
+async def _find(connection: Connection, policy_id: str) -> Any:
+    row = await connection.fetchrow("SELECT * FROM encryption_policies WHERE policy_id = $1 FOR UPDATE", policy_id)
+    if row is None:
+        raise UnknownPolicy("there is no such policy", where=policy_id, mend="`sidecar policy list` names them")
+    return row
+
+
+def _spec(row: Any) -> PolicySpec:
+    policy = policy_from_row(row)
+    return PolicySpec(
+        stream_class=policy.stream_class, tenant=policy.tenant, encrypt=policy.encrypt, algorithm=policy.suite.label,
+        key_scope=policy.key_scope.value, subject=policy.subject, rotation_days=policy.rotation_days,
+    )  # fmt: skip
+
+
+async def _changed(
+    connection: Connection, policies: Sequence[Policy], *, actor: str, now: datetime, reason: str, deleted: bool = False
+) -> None:  # fmt: skip
+    """In the transaction of the change: the version that batches verify, the history, the audit row."""
+    version = await connection.fetchval("UPDATE policy_version SET version = version + 1 RETURNING version")
+    await connection.executemany(
+        """INSERT INTO policy_history (policy_id, policy_version, definition, deleted, actor, reason, at) VALUES ($1, $2, $3, $4, $5, $6, $7)""",
+        [(policy.policy_id, version, _summary(policy), deleted, actor, reason, now) for policy in policies],
+    )
+    details = {"policy_version": version, "policies": [_summary(policy) for policy in policies], "reason": reason, "deleted": deleted}
+    await audit.append(connection, writer="policy", at=now, action="change_policies", actor=actor, tenant=None, details=details)
 
 
 def _summary(policy: Policy) -> dict[str, Any]:

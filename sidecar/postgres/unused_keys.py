@@ -24,7 +24,7 @@ _UNNEEDED = f"""
       AND m.stream_position BETWEEN h.used_from_position AND coalesce(h.used_to_position, 9223372036854775807)
     WHERE h.tenant_id = $1 AND h.key_id = k.key_id AND h.key_version = k.key_version AND {_NAME.format("m.data_encrypted")} = {_NAME_OF_KEY})
   AND NOT EXISTS (SELECT FROM dead_letters d
-    WHERE k.scope_kind = 'tenant' AND d.tenant_id = $1 AND {_NAME.format("d.value_encrypted")} = {_NAME_OF_KEY})"""
+    WHERE d.tenant_id = $1 AND {_NAME.format("d.value_encrypted")} = {_NAME_OF_KEY})"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

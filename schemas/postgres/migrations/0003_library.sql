@@ -1,5 +1,7 @@
 -- Migration 3: appends from inside an application, and consumers of the store. kind: expand
 
+CREATE INDEX dead_letters_sealed ON dead_letters (tenant_id) WHERE value_encrypted IS NOT NULL;   -- clean-up asks which keys they need
+
 -- One append, in one call: guard, tenant state, fences, the stream's row, its head, the rows. Locks are the transaction's.
 -- `expected`: a version (0: no stream yet), -1 any, -2 the stream exists. `epoch`: the tenant's, as of the keys that the events were sealed
 -- with (0: there was no tenant yet); NULL for plain events.
@@ -82,6 +84,11 @@ BEGIN
       WHERE x.tenant_id = tenant AND x.stream_id = stream;
   END LOOP;
 END $$;
+
+CREATE TABLE policy_history (                    -- what was decided when, by whom and why
+  policy_id TEXT NOT NULL, policy_version BIGINT NOT NULL, definition JSONB NOT NULL, deleted BOOLEAN NOT NULL DEFAULT false,
+  actor TEXT NOT NULL, reason TEXT NOT NULL, at TIMESTAMPTZ NOT NULL, PRIMARY KEY (policy_id, policy_version)
+);
 
 CREATE TABLE consumer_checkpoints (              -- where a consumer of the store stands: behind which (transaction, global position)
   consumer TEXT PRIMARY KEY, transaction_id XID8 NOT NULL DEFAULT '0', global_position BIGINT NOT NULL DEFAULT 0,

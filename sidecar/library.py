@@ -1,0 +1,93 @@
+"""The library, put together from a configuration: what an application in Python uses in its own process.
+
+async with open_library(load(Path("sidecar.yaml"))) as library:
+    await library.store.append_to_stream("user-7", [NewEvent(type="UserRegistered", data={"email": "jane@example.org"})], tenant="acme")
+    read = await library.store.read_stream("user-7", tenant="acme")
+    await library.shredding.forget_stream_data("user-7", "acme", reason="Art. 17 request")
+"""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from sidecar import topics
+from sidecar.consumer import EventConsumer
+from sidecar.core.policy import Classifier
+from sidecar.crypto_shredding import CryptoShreddingService
+from sidecar.crypto_store import CryptoEventStore, create_crypto_event_store
+from sidecar.kafka.admin import Admin
+from sidecar.kafka.ledger import LedgerTopic
+from sidecar.key_management import KeyManagementService
+from sidecar.keys import KeyManagement
+from sidecar.kms import check_identity, open_for
+from sidecar.ledger import LedgerGate
+from sidecar.policies import EncryptionPolicyService
+from sidecar.postgres import migrations
+from sidecar.postgres.connection import Pool, connected, open_pool
+from sidecar.postgres.event_store import PostgresEventStore
+from sidecar.sending import Sender
+from sidecar.settings import Settings
+from sidecar.steps import SystemClock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    """`plain` is the same store without encryption: of encrypted streams it reads envelopes."""
+
+    store: CryptoEventStore
+    plain: PostgresEventStore
+    keys: KeyManagementService
+    policies: EncryptionPolicyService
+    shredding: CryptoShreddingService
+
+    def consumer(self, name: str, *, tenant: str | None = None, classes: Sequence[str] | None = None) -> EventConsumer:
+        """A subscription of that name, whose handler gets opened events and `Erased`."""
+        return EventConsumer(name, self.plain, decrypt=self.store.decrypt, tenant=tenant, classes=classes)
+
+
+@asynccontextmanager
+async def open_library(settings: Settings, *, max_connections: int = 10, writer: str | None = None) -> AsyncIterator[Library]:
+    """Connect as the data plane's role; closed at the end of the block. `writer` names this process in the audit trail: stable and its own.
+
+    Raises ConfigurationError, StoreUnavailable, KmsUnavailable.
+    """
+    name, dsn = writer or f"library-{socket.gethostname()}", settings.postgres.for_role("data")
+    kms = open_for(settings.kms, "data")
+    await check_identity(kms, "data", production=settings.profile == "production")
+    async with connected(dsn) as connection:
+        await migrations.check_or_migrate(connection, may_migrate=settings.profile == "development")
+    if settings.profile == "development":
+        await asyncio.to_thread(topics.apply, settings, Admin(settings))
+    # Keys have connections of their own: an append that holds one of the store's must not wait for another that does the same.
+    pool = await open_pool(dsn, application_name=name, max_size=max_connections)
+    key_pool = await open_pool(dsn, application_name=f"{name} keys", max_size=4)
+    try:
+        yield _put_together(settings, name, kms_keys=KeyManagement(kms, dedicated=settings.kms.dedicated), pool=pool, key_pool=key_pool)
+    finally:
+        await pool.close()
+        await key_pool.close()
+
+
+def _put_together(settings: Settings, name: str, *, kms_keys: KeyManagement, pool: Pool, key_pool: Pool) -> Library:
+    clock, limits = SystemClock(), settings.limits
+    keys = KeyManagementService(
+        key_pool, kms_keys, clock=clock, writer=name, unmatched=settings.policies.unmatched,
+        max_streams=min(limits.stream_heads, limits.key_cache_entries), limits=limits.uses,
+        ledger=LedgerGate(LedgerTopic(settings, Admin(settings)), settings.deployment),
+    )  # fmt: skip
+    classifier = Classifier([rule.rule() for rule in settings.classes])
+
+    def classify(stream: str, event_type: str) -> str:
+        """The class rules see neither a topic nor headers here: rules that ask for them match nothing."""
+        return classifier.classify(topic="", type=event_type, stream=stream, headers={})
+
+    plain = PostgresEventStore(pool)
+    return Library(
+        store=create_crypto_event_store(plain, keys=keys, policy=classify),
+        plain=plain,
+        keys=keys,
+        policies=EncryptionPolicyService(key_pool, clock, unmatched=settings.policies.unmatched, classify=classify),
+        shredding=CryptoShreddingService(keys, clock, send=Sender(settings, key_pool, clock), classify=classify),
+    )
