@@ -168,6 +168,15 @@ def test_after_the_replay_every_shred_holds_and_everything_else_is_whole(shredde
     assert world.value("SELECT count(*) FROM audit_log WHERE action = 'ledger.replay'") == 7
 
 
+def test_what_was_readmitted_before_the_restore_takes_what_came_after_its_shred_and_nothing_before(shredded_since: World) -> None:
+    world = shredded_since
+    world.json("ledger", "replay")
+    world.run()
+    publish(world, b"last", gamma=("aes-1",), newer=("aes-1",))
+    assert seen(world, "gamma", "aes-1") == ["erased", b"new", b"last"]
+    assert seen(world, "newer", "aes-1") == [b"new", b"last"]
+
+
 def view(world: World) -> list[tuple[bytes, bytes, bytes]]:
     """Tenant, stream and value of every record that is no notice, sorted."""
     found = [(dict(m.headers()), m.value()) for m in world.records(world.topic("view")) if m.value()]
