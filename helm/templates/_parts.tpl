@@ -100,6 +100,11 @@ securityContext:
       - secret: {name: {{ .client.name | quote }}, items: [{key: {{ .client.certificate | quote }}, path: kafka-client.crt}, {key: {{ .client.key | quote }}, path: kafka-client.key}]}
       {{- end }}
       {{- end }}
+      {{- with index .root.Values.secrets.kms .role }}
+      {{- if .name }}
+      - secret: {name: {{ .name | quote }}, items: [{key: {{ .key | quote }}, path: kms}]}
+      {{- end }}
+      {{- end }}
 {{- end }}
 
 {{- define "sidecar.serving" -}}
