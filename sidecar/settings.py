@@ -15,6 +15,7 @@ from sidecar.core.command import Command, Op, grace_seconds
 from sidecar.core.dsse import MAX_SIGNATURES
 from sidecar.core.errors import ConfigurationError, UnsupportedEnvelope
 from sidecar.core.keys import HARD_LIMIT_USES, SOFT_LIMIT_USES, USES_BLOCK, UseLimits
+from sidecar.core.kms import KmsUri
 from sidecar.core.model import ScopeKind, duration_ms
 from sidecar.core.policy import SUBJECT_HEADER, ClassRule, Policy
 
@@ -439,9 +440,8 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
     security = settings.kafka.security
     files = {n: (base / p).resolve() for n in ("password_file", "ca_file", "certificate_file", "key_file") if (p := getattr(security, n))}
     kafka = settings.kafka.model_copy(update={"security": security.model_copy(update=files)})
-    kms = settings.kms
-    if kms.uri.startswith("file:"):
-        kms = kms.model_copy(update={"uri": f"file:{(base / kms.uri.removeprefix('file:')).resolve()}"})
+    uris = {n: u for n in ("uri", "uri_data", "uri_control", "uri_reader") if (u := getattr(settings.kms, n))}
+    kms = settings.kms.model_copy(update={n: str(KmsUri.parse(u).with_files(lambda path: str((base / path).resolve()))) for n, u in uris.items()})
     control = settings.control
     keys = {
         "issuer_key": control.issuer_key,

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,32 @@ def test_check_says_what_start_up_would(tmp_path: Path, role: str) -> None:
         code, _, error = sidecar("kms", "check", "--role", role, folder=tmp_path)
         assert code == 2
         assert "exportable" in error
+
+
+def test_planes_do_not_start_with_a_kms_identity_that_may_too_little_or_too_much(
+    local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str]
+) -> None:
+    with transit_server_thread() as server:
+        everyday = {"transit/keys/+": {"read", "update"}, "transit/encrypt/+": {"update"}, "transit/decrypt/+": {"update"}}
+        config = {"deployment": unique("kms"), "kafka": {"bootstrap_servers": local_stack.bootstrap_servers}, "postgres": {"dsn": database}}
+        config |= {"kms": {"uri": uri_of(server, server.root, tmp_path)}, "sources": [{"topic": "users"}]}
+        kit.write_config(tmp_path, config)
+        assert sidecar("kms", "create", folder=tmp_path)[0] == 0
+        uri_of(server, server.grant(everyday), tmp_path)
+        code, _, error = sidecar("control", folder=tmp_path)
+        assert code == 2
+        assert "may not destroy: it lacks update on transit/keys/kek/rotate" in error
+        uri_of(server, server.root, tmp_path)
+        server.keys["", "transit/keys/kek"].deletion_allowed = False
+        code, _, error = sidecar("control", folder=tmp_path)
+        assert code == 2
+        assert "deletion_allowed=true" in error
+        strict = {"profile": "production", "kafka": {"bootstrap_servers": "127.0.0.1:1", "security": {"protocol": "SSL"}}}
+        kit.write_config(tmp_path, config | strict)
+        code, _, error = sidecar("run", folder=tmp_path)
+        assert code == 2
+        assert "the data plane's KMS identity may destroy keys" in error
+        assert "kms.uri_control" in error
 
 
 def test_status_says_what_destroying_means_and_lists_no_epoch_before_the_first_tenant(local_stack: LocalStack, database: str, tmp_path: Path) -> None:

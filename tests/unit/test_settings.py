@@ -86,6 +86,17 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert settings.kms.uri == f"file:{tmp_path}/keys/kek"
 
 
+def test_files_that_a_kms_uri_names_are_relative_to_the_file_too_and_the_rest_of_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    vault = "vault:transit/kek?address=https://vault:8200"
+    hsm = "pkcs11:token=a token;object=kek?module-path=/usr/lib/hsm.so&pin-source=file:pin"
+    settings = load(written(tmp_path, {"kms": {"uri": hsm, "uri_control": f"{vault}&token-file=./control.token", "uri_reader": "file:kek"}}))
+    assert settings.kms.for_role("data") == settings.kms.uri
+    assert settings.kms.uri == f"pkcs11:token=a token;object=kek?module-path=/usr/lib/hsm.so&pin-source={tmp_path}/pin"
+    assert settings.kms.for_role("control") == f"{vault}&token-file={tmp_path}/control.token"
+    assert settings.kms.for_role("reader") == f"file:{tmp_path}/kek"
+
+
 CLOSED: list[tuple[str, dict[str, Any]]] = [
     ("polcies", {"polcies": {}}),
     ("boostrap_servers", {"kafka": {"boostrap_servers": "x"}}),
