@@ -1,21 +1,80 @@
-"""`shred --dry-run`: what a shred of the scope would find. Reads only, and takes no lock that anybody waits for."""
+"""`shred --dry-run`: what a shred of the scope would find, and what would stand in its way.
+
+Reads only, side by side, and takes no lock that anybody waits for. Nothing is fenced or audited but that the command came.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar
 
 from sidecar.core.command import Command
-from sidecar.core.model import ScopeKind
-from sidecar.postgres import commands, shreds
+from sidecar.core.errors import CommandRejected, StoreUnavailable
+from sidecar.core.model import Scope, ScopeKind
+from sidecar.notices import Notices
+from sidecar.postgres import commands, holds, shreds
 from sidecar.postgres.commands import Job
-from sidecar.postgres.connection import transaction
+from sidecar.postgres.connection import Connection, transaction
 from sidecar.steps import FINISHED, Steps
 
+T = TypeVar("T")
 
-async def preview(steps: Steps, job: Job, command: Command) -> Job:
+COUNT_MS: Final = 1200
+"""So long an exact count of events may take; then it is estimated, and says so."""
+
+
+async def preview(steps: Steps, notices: Notices, job: Job, command: Command) -> Job:
     """The command's one step: its receipt is the answer."""
     scope = command.scope
+
+    async def ask(query: Callable[[Connection, Scope], Awaitable[T]]) -> T:
+        async with transaction(steps.pool) as connection:
+            return await query(connection, scope)
+
+    counts = asyncio.gather(ask(shreds.count_deks), ask(_tenant_keys), ask(shreds.count_streams))
+    found = asyncio.gather(ask(_events), ask(holds.overlapping), ask(_shared), notices.affected(scope))
+    (deks, keks, streams), (events, in_force, shared, views) = await counts, await found
+    if command.include_plain and events["plain_remaining"] is not None:
+        events |= {"plain_remaining": 0, "plain_deleted": events["plain_remaining"]}
+    body = steps.receipt_of(
+        job,
+        command,
+        "done",
+        dry_run=True,
+        keys={"count": deks, **keks},
+        streams=streams,
+        events=events,
+        views=[{"name": view.name, "topic": view.topic, "key": view.key_mode} for view in views],
+        holds=[{"hold_id": str(hold.hold_id), "reason": hold.reason} for hold in in_force],
+        shared=shared,
+        refused_by=["legal_hold"] * bool(in_force) + ["shared_key"] * bool(shared),
+    )
     async with transaction(steps.pool) as connection:
-        if scope.kind is not ScopeKind.TENANT:
-            await shreds.refuse_shared(connection, scope)
-        sealed, plain = await shreds.count_events(connection, scope)
-        keys = {"count": await shreds.count_deks(connection, scope)}
-        events = shreds.events_on_receipt(sealed, 0 if command.include_plain else plain)
-        body = steps.receipt_of(job, command, "done", keys=keys, events=events, dry_run=True)
         return await commands.advance(connection, job, FINISHED, receipt=body, finished=True)
+
+
+async def _events(connection: Connection, scope: Scope) -> dict[str, Any]:
+    """Counted; or, where that takes too long, from the positions that streams have on record, which lag a little."""
+    try:
+        async with connection.transaction():
+            await connection.execute(f"SET LOCAL statement_timeout = {COUNT_MS}")
+            sealed, plain = await shreds.count_events(connection, scope)
+            return shreds.events_on_receipt(sealed, plain) | {"exact": True}
+    except StoreUnavailable:
+        await connection.execute("SET LOCAL statement_timeout = 0")
+        sealed, plain = await shreds.estimate_events(connection, scope)
+        return shreds.events_on_receipt(sealed, plain) | {"exact": False}
+
+
+async def _tenant_keys(connection: Connection, scope: Scope) -> dict[str, int]:
+    return {"tenant_keys": await shreds.count_keks(connection, scope.tenant)} if scope.kind is ScopeKind.TENANT else {}
+
+
+async def _shared(connection: Connection, scope: Scope) -> str | None:
+    """Who else needs one of the keys, in words."""
+    if scope.kind is ScopeKind.TENANT:
+        return None
+    try:
+        await shreds.refuse_shared(connection, scope)
+    except CommandRejected as rejected:
+        return str(rejected)
+    return None

@@ -48,7 +48,7 @@ class Shredding:
         at = job.step
         failpoint(f"shred:{at or 'accepted'}")
         if at is None:
-            return await (preview(self._steps, job, command) if command.dry_run else self._fence(job, command))
+            return await (preview(self._steps, self._notices, job, command) if command.dry_run else self._fence(job, command))
         if at == "fenced":
             return await self._bar(job, command)
         if at == "inaccessible" or (at == "barred" and command.include_plain):

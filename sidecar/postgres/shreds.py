@@ -336,6 +336,41 @@ def events_on_receipt(unreadable: int, plain: int | None) -> dict[str, Any]:
     return counted if plain is not None else counted | {"note": "plain events do not say whose they are; they were not counted"}
 
 
+def _streams_of(scope: Scope) -> str:
+    """A condition on streams s; $1 the tenant, $2 the scope's id."""
+    return {
+        ScopeKind.TENANT: "s.tenant_id = $1 AND $2::text IS NOT NULL",
+        ScopeKind.STREAM: "s.tenant_id = $1 AND s.stream_id = $2",
+        ScopeKind.CLASS: "s.tenant_id = $1 AND s.stream_type_class = $2",
+        ScopeKind.SUBJECT: f"""s.tenant_id = $1 AND s.stream_id IN (SELECT h.stream_id FROM stream_key_history h
+          WHERE h.tenant_id = $1 AND h.key_id IN (SELECT k.key_id FROM encryption_keys k WHERE {_of_scope(scope)}))""",
+    }[scope.kind]
+
+
+async def count_streams(connection: Connection, scope: Scope) -> int:
+    """Those that events of the scope lie in."""
+    with mapped():
+        return int(await connection.fetchval(f"SELECT count(*) FROM streams s WHERE {_streams_of(scope)}", scope.tenant, scope.id) or 0)
+
+
+async def estimate_events(connection: Connection, scope: Scope) -> tuple[int, int | None]:
+    """As `count_events`, from the streams' positions on record: a lower bound, and of a person's streams all events."""
+    with mapped():
+        row = await connection.fetchrow(
+            f"""SELECT coalesce(sum(position) FILTER (WHERE is_encrypted), 0)::bigint AS sealed,
+                  coalesce(sum(position) FILTER (WHERE NOT is_encrypted), 0)::bigint AS plain FROM streams s WHERE {_streams_of(scope)}""",
+            scope.tenant,
+            scope.id,
+        )
+    assert row is not None  # noqa: S101 (an aggregate has one row)
+    return row["sealed"], None if scope.kind is ScopeKind.SUBJECT else row["plain"]
+
+
+async def count_keks(connection: Connection, tenant: str) -> int:
+    with mapped():
+        return int(await connection.fetchval("SELECT count(*) FROM tenant_keys WHERE tenant_id = $1 AND wrapped IS NOT NULL", tenant) or 0)
+
+
 async def count_deks(connection: Connection, scope: Scope) -> int:
     condition = "k.tenant_id = $1 AND $2::text IS NOT NULL" if scope.kind is ScopeKind.TENANT else _of_scope(scope)
     with mapped():

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
 
 from sidecar import grace
 from sidecar.core.errors import CommandRejected
 from sidecar.core.model import Scope, ScopeKind
-from sidecar.postgres.connection import connect
+from sidecar.postgres.connection import connected
 from sidecar.testing import control_plane as kit
 from tests.acceptance.rolls import confirm_and_destroy, roll, states, statuses
 from tests.acceptance.test_residue import done, reconfigured, residue_of
@@ -118,12 +119,10 @@ def restored(world: World, scope: Scope) -> None:
     """As a readmission with `restore` does it."""
 
     async def act() -> None:
-        connection = await connect(world.dsn)
-        async with connection.transaction():
+        async with connected(world.dsn) as connection, connection.transaction():
             await grace.restore(connection, scope)
             await connection.execute("UPDATE erased_scopes SET readmitted_at = now()")
             await connection.execute("UPDATE tenants SET state = 'active', epoch = epoch + 1")
-        await connection.close()
 
     blocking(act)
 
@@ -204,8 +203,6 @@ def test_data_plane_and_readers_need_no_right_to_the_quarantine(make_world: Call
 
 
 def denied(dsn: str) -> bool:
-    import asyncpg
-
     async def read() -> Any:
         connection = await asyncpg.connect(dsn)
         try:
