@@ -28,7 +28,7 @@ demo: $(READY) maven    ## the main job on a real broker and database, step by s
 test: $(READY) maven softhsm   ## every test; one of them: make test TESTS=tests/unit ARGS='-k rotate'
 	@exec $(BIN)/pytest -n $(or $(WORKERS),3) --dist loadscope -q -ra $(ARGS) $(or $(TESTS),tests)
 
-bench: $(READY) maven   ## speed and memory, as ratios to a bare loader in the same run
+bench: $(READY) maven softhsm  ## speed and memory, as ratios to a bare loader in the same run
 	@exec $(BIN)/python -m tests.benchmarks.run $(ARGS)
 
 lint: $(READY)   ## ruff, mypy, direction of imports

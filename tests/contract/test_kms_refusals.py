@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pkcs11 import Attribute, KeyType, ObjectClass
 
+from sidecar import telemetry
 from sidecar.core.errors import AccessDenied, AuthenticationFailed, ConfigurationError, KmsUnavailable
 from sidecar.core.kms import VersionState
 from sidecar.kms import check_identity, open_for, open_kms, provider
@@ -282,6 +283,23 @@ async def test_wrong_pin_is_a_configuration_error_and_not_tried_until_it_is_lock
         with pytest.raises(ConfigurationError, match="PinIncorrect"):
             await Watched(wrong).current()
     assert await provider(uri).add_version()
+
+
+async def test_every_call_is_counted_by_operation_and_each_failure_too() -> None:
+    memory = Memory()
+    watched = Watched(MemoryKms(memory), pauses=())
+
+    def counted(name: str, operation: str) -> float:
+        return telemetry.registry.get_sample_value(name, {"operation": operation}) or 0.0
+
+    before = {name: counted(name, "unwrap") for name in ("sidecar_kms_seconds_count", "sidecar_kms_errors_total")}
+    wrapped, version = await watched.wrap(b"payload", b"")
+    await watched.unwrap(wrapped, b"", version)
+    memory.away = True
+    with pytest.raises(KmsUnavailable):
+        await watched.unwrap(wrapped, b"", version)
+    after = {name: counted(name, "unwrap") for name in before}
+    assert {name: after[name] - before[name] for name in before} == {"sidecar_kms_seconds_count": 2, "sidecar_kms_errors_total": 1}
 
 
 async def test_wrapper_gives_a_slow_kms_a_bound_and_an_away_one_three_tries() -> None:
