@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import os
-import resource
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +22,7 @@ from sidecar.kafka.producer import TransactionalProducer
 from sidecar.keys import KeyManagement
 from sidecar.kms import check_identity, open_for
 from sidecar.ledger import LedgerGate
+from sidecar.memory import no_core_dumps
 from sidecar.partitions import Claimer, Sources
 from sidecar.pipeline import Pipeline, Ports
 from sidecar.postgres import migrations
@@ -114,7 +114,7 @@ async def compose(settings: Settings, instance_id: str, *, pipeline_of: Callable
 async def run_data_plane(settings: Settings, instance_id: str) -> None:
     """`sidecar run`: until SIGTERM or SIGINT, then gracefully."""
     telemetry.start_logging()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold keys
+    no_core_dumps()
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)

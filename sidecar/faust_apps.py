@@ -24,6 +24,7 @@ from sidecar import telemetry
 from sidecar.control import ControlPlane
 from sidecar.core.errors import Unavailable
 from sidecar.inbox import Backoff, ControlRecord
+from sidecar.memory import no_core_dumps
 from sidecar.settings import KafkaSecurity, Settings
 
 THREADS: Final = 16
@@ -152,6 +153,7 @@ async def _stop(app: Any) -> None:
 async def run_control_plane(settings: Settings, *, http: bool = True, timer_seconds: float = 60.0) -> None:
     """`sidecar control`: until SIGTERM or SIGINT. Raises ConfigurationError; what cannot be reached yet is waited for."""
     telemetry.start_logging()
+    no_core_dumps()
     for noisy in ("faust", "mode", "aiokafka", "kafka", __name__):  # the last one: Faust logs in the name of who subclasses it
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if settings.control.allow_unsigned:

@@ -21,9 +21,9 @@ class KeyManagement:
 
     async def make_kek(self, tenant: str, generation: int, version: int = 1) -> tuple[Kek, KekRow]:
         """A new KEK and the row to keep it in."""
-        kek = Kek(tenant, generation, version, bytearray(os.urandom(KEY_BYTES)))
+        kek = Kek(tenant, generation, version, random_key())
         kms = await self._kms_of(tenant, self._dedicated)
-        wrapped, kms_version = await kms.wrap(kek.payload(), kek_context(tenant, generation, version))
+        wrapped, kms_version = await _wrapped(kms, kek)
         row = KekRow(
             tenant=tenant,
             generation=generation,
@@ -54,7 +54,7 @@ class KeyManagement:
         """The same KEK under the KMS key's current version, tried before it is answered: the old wrap is given up for it."""
         kek = await self.open_kek(row)
         kms = await self._kms_of(row.tenant, row.dedicated)
-        wrapped, kms_version = await kms.wrap(kek.payload(), kek_context(row.tenant, row.generation, row.version))
+        wrapped, kms_version = await _wrapped(kms, kek)
         kek.destroy()
         again = replace(row, wrapped=wrapped, kms_key_version=kms_version)
         (await self.open_kek(again)).destroy()
@@ -64,10 +64,27 @@ class KeyManagement:
         return await self._kms.dedicated(tenant) if dedicated else self._kms
 
 
+async def _wrapped(kms: Kms, kek: Kek) -> tuple[bytes, str]:
+    payload = kek.payload()
+    try:
+        return await kms.wrap(payload, kek_context(kek.tenant, kek.generation, kek.version))
+    finally:
+        wipe(payload)
+
+
+def random_key() -> bytearray:
+    """A new key, read into the one place where it will be wiped: `os.urandom` gives bytes, which cannot be."""
+    key = bytearray(KEY_BYTES)
+    with open("/dev/urandom", "rb", buffering=0) as source:
+        if source.readinto(key) != KEY_BYTES:
+            raise OSError("/dev/urandom gave less than a key")
+    return key
+
+
 def make_dek(kek: Kek, scope: Scope, suite: Suite, key_id: UUID | None = None, version: int = 1) -> tuple[DekRow, Cipher]:
     """The next version of a scope's key, or a new key: the row to keep it in and the cipher; the bytes are wiped."""
     name = KeyName(scope=scope, key_id=key_id or uuid4(), version=version, generation=kek.generation)
-    secret = bytearray(os.urandom(KEY_BYTES))
+    secret = random_key()
     wrapped, committed = kek.wrap(secret, name, os.urandom(NONCE_BYTES))
     cipher = suite.cipher(secret)
     wipe(secret)

@@ -1,7 +1,7 @@
 """Whose a record is, where policy seals each person's events under a key of that person.
 
 A record that names nobody is a dead letter without its value: under a key of the stream or the tenant it would look like any other event,
-and a shred of the person would leave it readable without anybody knowing (docs/adr/0005, 0007).
+and a shred of the person would leave it readable without anybody knowing (docs/adr/0005).
 """
 
 from sidecar import telemetry

@@ -26,11 +26,11 @@ class Kms(Protocol):
     def traits(self) -> KmsTraits:
         """What destroying means at this provider."""
 
-    async def wrap(self, plaintext: bytes, aad: bytes) -> tuple[bytes, str]:
+    async def wrap(self, plaintext: bytes | bytearray, aad: bytes) -> tuple[bytes, str]:
         """-> (ciphertext, version of the KMS key that wraps it: the seal epoch)."""
 
-    async def unwrap(self, wrapped: bytes, aad: bytes, key_version: str) -> bytes:
-        """The plaintext. Raises AuthenticationFailed for altered bytes, KeyShredded only when the version is destroyed for good."""
+    async def unwrap(self, wrapped: bytes, aad: bytes, key_version: str) -> bytes | bytearray:
+        """The plaintext; as a bytearray, where it can be, for the caller to wipe. Raises AuthenticationFailed for altered bytes, KeyShredded only when the version is destroyed for good."""
 
     async def check(self, *, destroys: bool = False) -> None:
         """Reaches the key or raises; called at start and by the readiness probe. Raises ConfigurationError for a key that can leave the KMS.

@@ -9,6 +9,7 @@ import typer
 from typer.exceptions import TyperException
 
 from sidecar.cli.context import Cli, Exit, guarded, say
+from sidecar.memory import no_core_dumps
 
 app = typer.Typer(
     name="sidecar",
@@ -34,6 +35,7 @@ def _options(
 ) -> None:
     if output not in (None, "table", "json"):
         raise typer.BadParameter("table or json", param_hint="-o")
+    no_core_dumps()
     context.obj = Cli(config=config, output=output)
 
 

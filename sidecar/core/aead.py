@@ -7,10 +7,13 @@ All three take 32-byte keys, 12-byte nonces and append a 16-byte tag.
 import hmac
 import struct
 from enum import IntEnum
+from typing import NoReturn
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM as AESGCM
 from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV, ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from sidecar.core.errors import AuthenticationFailed, UnsupportedEnvelope
 
@@ -52,7 +55,10 @@ class Suite(IntEnum):
 
     def cipher(self, dek: bytes | bytearray) -> Cipher:
         """A cipher under this suite's own key of the DEK, so that no key is ever used with two algorithms."""
-        return _CIPHERS[self](expand(dek, "enc", bytes([self])))
+        key = derive(dek, "enc", bytes([self]))
+        cipher = _CIPHERS[self](key)  # copies it into OpenSSL's context, which cleanses itself
+        wipe(key)
+        return cipher
 
 
 _LABELS = {Suite.AES_256_GCM: "AES-256-GCM", Suite.CHACHA20_POLY1305: "ChaCha20-Poly1305", Suite.AES_256_GCM_SIV: "AES-256-GCM-SIV"}
@@ -74,8 +80,16 @@ def expand(key: bytes | bytearray, label: str, *parts: bytes) -> bytes:
     """32 bytes of HKDF-Expand (RFC 5869, SHA-256) under the label `ks/v1/<label>`.
 
     One block of output is one HMAC over the label and the byte 01. `key` is uniformly random, so no extract step.
+    For what is no secret: `bytes` cannot be wiped.
     """
     return hmac.digest(key, lp(f"ks/v1/{label}".encode(), *parts) + b"\x01", "sha256")
+
+
+def derive(key: bytes | bytearray, label: str, *parts: bytes) -> bytearray:
+    """The same bytes as a key, in a buffer that the caller wipes."""
+    out = bytearray(KEY_BYTES)
+    HKDFExpand(SHA256(), KEY_BYTES, lp(f"ks/v1/{label}".encode(), *parts)).derive_into(key, out)
+    return out
 
 
 def open_into(cipher: Cipher, nonce: bytes, sealed: bytes, aad: bytes, out: bytearray) -> None:
@@ -95,6 +109,15 @@ def open_sealed(cipher: Cipher, nonce: bytes, sealed: bytes, aad: bytes) -> byte
         return cipher.decrypt(nonce, sealed, aad)
     except InvalidTag:
         raise AuthenticationFailed from None
+
+
+class Secret:
+    """Holds key bytes: never pickled, copied or printed."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("keys do not leave the process")
 
 
 def wipe(secret: bytearray) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from sidecar.core.aead import Secret
 from sidecar.core.errors import AuthenticationFailed, MalformedEnvelope
 
 FIELDS = frozenset({"payloadType", "payload", "signatures"})
@@ -29,7 +30,7 @@ def key_id(public: Ed25519PublicKey) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Signer:
+class Signer(Secret):
     """A private key; `repr` shows none of it."""
 
     _key: Ed25519PrivateKey = field(repr=False)

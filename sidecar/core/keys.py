@@ -17,7 +17,7 @@ from enum import StrEnum
 from hashlib import sha256
 from uuid import UUID
 
-from sidecar.core.aead import AESGCM, KEY_BYTES, NONCE_BYTES, TAG_BYTES, Cipher, Suite, expand, lp, open_into, u32, wipe
+from sidecar.core.aead import AESGCM, KEY_BYTES, NONCE_BYTES, TAG_BYTES, Cipher, Secret, Suite, derive, expand, lp, open_into, u32, wipe
 from sidecar.core.errors import AuthenticationFailed
 from sidecar.core.model import Scope, ScopeKind
 
@@ -97,7 +97,7 @@ def fingerprint(committed: bytes) -> bytes:
 
 
 @dataclass(slots=True, eq=False)
-class Kek:
+class Kek(Secret):
     """A tenant's key-encryption key, unwrapped. Owns its bytes; `destroy` wipes them."""
 
     tenant: str
@@ -108,30 +108,42 @@ class Kek:
     def commitment(self) -> bytes:
         return expand(self._secret, "commit", self.tenant.encode(), u32(self.generation), u32(self.version))
 
-    def payload(self) -> bytes:
-        """What the KMS wraps: the key and what it is for."""
-        return bytes(self._secret) + kek_context(self.tenant, self.generation, self.version)
+    def payload(self) -> bytearray:
+        """What the KMS wraps: the key and what it is for. The caller wipes it."""
+        return self._secret + kek_context(self.tenant, self.generation, self.version)
 
     @classmethod
-    def from_payload(cls, payload: bytes, tenant: str, generation: int, version: int) -> "Kek":
-        """Raises AuthenticationFailed if the KMS returned another tenant's, generation's or version's key."""
-        if payload[KEY_BYTES:] != kek_context(tenant, generation, version):
+    def from_payload(cls, payload: bytes | bytearray, tenant: str, generation: int, version: int) -> "Kek":
+        """Wipes the payload where that can be. Raises AuthenticationFailed if the KMS returned another tenant's, generation's or version's key."""
+        with memoryview(payload) as view:
+            secret, context = bytearray(view[:KEY_BYTES]), bytes(view[KEY_BYTES:])
+        if isinstance(payload, bytearray):
+            wipe(payload)
+        if context != kek_context(tenant, generation, version):
+            wipe(secret)
             raise AuthenticationFailed("a wrapped tenant key belongs to another tenant, generation or version")
-        return cls(tenant, generation, version, bytearray(payload[:KEY_BYTES]))
+        return cls(tenant, generation, version, secret)
 
     def wrap(self, dek: bytes | bytearray, name: KeyName, nonce: bytes) -> tuple[bytes, bytes]:
         """-> (wrapped, commitment). The nonce may be any 12 random bytes: the wrapping key is this version's own."""
         committed = commitment(dek, name.key_id, name.version)
-        sealed = AESGCM(expand(self._secret, "wrap", *name._wrap_parts())).encrypt(nonce, bytes(dek) + committed, b"")
+        payload = bytearray(dek) + committed
+        sealed = self._wrapping(name).encrypt(nonce, payload, b"")
+        wipe(payload)
         return nonce + sealed, committed
+
+    def _wrapping(self, name: KeyName) -> AESGCM:
+        key = derive(self._secret, "wrap", *name._wrap_parts())
+        cipher = AESGCM(key)
+        wipe(key)
+        return cipher
 
     def unwrap(self, wrapped: bytes, name: KeyName, committed: bytes) -> "Dek":
         """Raises AuthenticationFailed if the wrap, its place or the commitment was altered."""
         if len(wrapped) != WRAPPED_DEK_BYTES:
             raise AuthenticationFailed("a wrapped key has the wrong length")
         out = bytearray(KEY_BYTES + COMMITMENT_BYTES)
-        wrapping = AESGCM(expand(self._secret, "wrap", *name._wrap_parts()))
-        open_into(wrapping, wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], b"", out)
+        open_into(self._wrapping(name), wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], b"", out)
         secret = out[:KEY_BYTES]
         inside = bytes(out[KEY_BYTES:])
         wipe(out)
@@ -145,7 +157,7 @@ class Kek:
 
 
 @dataclass(slots=True, eq=False)
-class Dek:
+class Dek(Secret):
     """A data-encryption key, unwrapped, until `into_cipher` turns it into a cipher and wipes it. Never printed."""
 
     name: KeyName

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from sidecar.core.aead import Cipher, Suite
+from sidecar.core.aead import Cipher, Secret, Suite
 from sidecar.core.keys import DekRow, Kek, KekRow, TenantState
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.policy import Encrypt
@@ -14,7 +14,7 @@ KeyRef = tuple[str, UUID, int]
 
 
 @dataclass(slots=True, eq=False)
-class SealingKey:
+class SealingKey(Secret):
     """One key version under one suite, ready to seal: its envelope prefix and its cipher."""
 
     scope: Scope

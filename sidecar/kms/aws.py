@@ -110,7 +110,7 @@ class AwsKms:
         region = self._parsed.options.get("region")
         return f"aws-kms:{self._alias}{f'?region={region}' if region else ''}"
 
-    async def wrap(self, plaintext: bytes, aad: bytes) -> tuple[bytes, str]:
+    async def wrap(self, plaintext: bytes | bytearray, aad: bytes) -> tuple[bytes, str]:
         arguments = {"KeyId": self._alias, "Plaintext": plaintext, "EncryptionContext": self._context(aad)}
         said = await self._made(lambda: self._call("encrypt", **arguments))
         return said["CiphertextBlob"], _key_id(said["KeyId"])

@@ -20,8 +20,8 @@ from typing import Final
 
 import orjson
 
-from sidecar.core.aead import AESGCM, KEY_BYTES, NONCE_BYTES, expand, lp, open_sealed
-from sidecar.core.errors import ConfigurationError, KeyShredded, KmsUnavailable
+from sidecar.core.aead import AESGCM, KEY_BYTES, NONCE_BYTES, TAG_BYTES, expand, lp, open_into
+from sidecar.core.errors import AuthenticationFailed, ConfigurationError, KeyShredded, KmsUnavailable
 from sidecar.core.kms import KmsTraits, KmsUri, KmsVersion, VersionState, dedicated_name
 
 _MAGIC = b"sidecar-kek-v1\n"
@@ -107,14 +107,18 @@ class FileKms:
     def uri(self) -> str:
         return f"file:{self._path.name}"
 
-    async def wrap(self, plaintext: bytes, aad: bytes) -> tuple[bytes, str]:
+    async def wrap(self, plaintext: bytes | bytearray, aad: bytes) -> tuple[bytes, str]:
         key, version = await asyncio.to_thread(self._current)
         nonce = os.urandom(NONCE_BYTES)
         return nonce + AESGCM(expand(key, "kms-file")).encrypt(nonce, plaintext, aad), version
 
-    async def unwrap(self, wrapped: bytes, aad: bytes, key_version: str) -> bytes:
+    async def unwrap(self, wrapped: bytes, aad: bytes, key_version: str) -> bytes | bytearray:
         key = await asyncio.to_thread(self._key, key_version)
-        return open_sealed(AESGCM(expand(key, "kms-file")), wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], aad)
+        if len(wrapped) < NONCE_BYTES + TAG_BYTES:
+            raise AuthenticationFailed
+        out = bytearray(len(wrapped) - NONCE_BYTES - TAG_BYTES)
+        open_into(AESGCM(expand(key, "kms-file")), wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], aad, out)
+        return out
 
     async def check(self, *, destroys: bool = False) -> None:
         """At start a file that is not there is a mistake to mend, later it is a KMS that is away."""

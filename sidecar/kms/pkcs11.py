@@ -175,7 +175,7 @@ class Pkcs11Kms:
     def uri(self) -> str:
         return f"pkcs11:token={self._token_label};object={self._label}"
 
-    async def wrap(self, plaintext: bytes, aad: bytes) -> tuple[bytes, str]:
+    async def wrap(self, plaintext: bytes | bytearray, aad: bytes) -> tuple[bytes, str]:
         def act(session: Any) -> tuple[bytes, str]:
             handles = self._of(session)
             if handles.newest is None or monotonic() > handles.newest_until:
@@ -358,8 +358,8 @@ def _gcm(nonce: bytes, aad: bytes) -> dict[str, Any]:
     return {"mechanism": Mechanism.AES_GCM, "mechanism_param": GCMParams(nonce, aad, TAG_BYTES * 8)}
 
 
-def _encrypt(key: Any, nonce: bytes, plaintext: bytes, aad: bytes) -> bytes:
-    return bytes(key.encrypt(plaintext, **_gcm(nonce, aad)))
+def _encrypt(key: Any, nonce: bytes, plaintext: bytes | bytearray, aad: bytes) -> bytes:
+    return bytes(key.encrypt(bytes(plaintext), **_gcm(nonce, aad)))
 
 
 def _decrypt(key: Any, nonce: bytes, sealed: bytes, aad: bytes) -> bytes:

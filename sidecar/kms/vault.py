@@ -103,7 +103,7 @@ class VaultKms:
     def uri(self) -> str:
         return f"vault:{self._mount}/{self._name}{f'?namespace={self._namespace}' if self._namespace else ''}"
 
-    async def wrap(self, plaintext: bytes, aad: bytes) -> tuple[bytes, str]:
+    async def wrap(self, plaintext: bytes | bytearray, aad: bytes) -> tuple[bytes, str]:
         key = await self._lately()
         said = await self._call("encrypt_data", plaintext=_text(plaintext), associated_data=_text(aad), key_version=key.latest)
         return str(said["data"]["ciphertext"]).encode(), key.name(key.latest)
@@ -276,5 +276,5 @@ def mapped(error: Exception, uri: str) -> SidecarError:
     return ConfigurationError(text, where="kms.uri", mend="see docs/kms.md") if kind is ConfigurationError else kind(text)
 
 
-def _text(value: bytes) -> str:
+def _text(value: bytes | bytearray) -> str:
     return b64encode(value).decode()

@@ -37,10 +37,10 @@ class Watched:
     def traits(self) -> KmsTraits:
         return self._kms.traits
 
-    async def wrap(self, plaintext: bytes, aad: bytes) -> tuple[bytes, str]:
+    async def wrap(self, plaintext: bytes | bytearray, aad: bytes) -> tuple[bytes, str]:
         return await self._call("wrap", lambda: self._kms.wrap(plaintext, aad))
 
-    async def unwrap(self, wrapped: bytes, aad: bytes, key_version: str) -> bytes:
+    async def unwrap(self, wrapped: bytes, aad: bytes, key_version: str) -> bytes | bytearray:
         return await self._call("unwrap", lambda: self._kms.unwrap(wrapped, aad, key_version))
 
     async def check(self, *, destroys: bool = False) -> None:

@@ -50,7 +50,7 @@ class MemoryKms:
         delay = self.memory.delay
         return KmsTraits(provider="memory", destroys="version", delay=delay, reversible=bool(delay), outlives="nothing", takes_aad=True)
 
-    async def wrap(self, plaintext: bytes, aad: bytes) -> tuple[bytes, str]:
+    async def wrap(self, plaintext: bytes | bytearray, aad: bytes) -> tuple[bytes, str]:
         version = await self.current()
         nonce = os.urandom(NONCE_BYTES)
         return nonce + AESGCM(self._usable(version)).encrypt(nonce, plaintext, aad), version

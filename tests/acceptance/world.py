@@ -119,10 +119,12 @@ class World:
 
     # processes
 
-    def start(self, *words: str) -> Plane:
+    def start(self, *words: str, code: str = "") -> Plane:
+        """`code`: Python to run in place of `-m sidecar`, with the same words."""
         log = self.folder / f"{words[0]}-{secrets.token_hex(4)}.log"
         with log.open("wb") as stderr:
-            process = subprocess.Popen([sys.executable, "-m", "sidecar", "--config", str(self.config), *words], stderr=stderr, stdout=stderr)
+            how = ["-c", code] if code else ["-m", "sidecar"]
+            process = subprocess.Popen([sys.executable, *how, "--config", str(self.config), *words], stderr=stderr, stdout=stderr)
         self.planes.append(Plane(process, log))
         return self.planes[-1]
 
