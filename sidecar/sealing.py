@@ -174,7 +174,12 @@ class Sealing:
                     telemetry.log.error("a tenant key cannot be opened", extra=where)
                     return None
 
-        return [row for row in await asyncio.gather(*(one(record) for record in rows)) if row is not None]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(record)) for record in rows]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return [row for task in tasks if (row := task.result()) is not None]
 
     async def _destroy(self, epoch: SealEpoch, actor: str) -> KmsVersion:
         """→ destroying → destroyed, if the KMS says so. Raises Unavailable where something still lives under it."""
