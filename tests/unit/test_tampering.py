@@ -172,7 +172,8 @@ def test_envelope_of_one_event_does_not_open_in_place_of_another_under_the_same_
 def test_spliced_halves_of_two_envelopes_do_not_open() -> None:
     left, right = seal(header(), ROW, SECRET), seal(header(), ROW, SECRET)
     for at in range(PREFIX_BYTES + 1, len(left)):
-        assert outcome(left[:at] + right[at:]) is AuthenticationFailed
+        spliced = left[:at] + right[at:]
+        assert spliced in (left, right) or outcome(spliced) is AuthenticationFailed  # one byte alone may be the same in both
 
 
 # ---- wraps ------------------------------------------------------------------------------------------------------------
