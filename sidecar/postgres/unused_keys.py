@@ -23,8 +23,8 @@ _UNNEEDED = f"""
   NOT EXISTS (SELECT FROM stream_key_history h JOIN messages m ON m.tenant_id = $1 AND m.stream_id = h.stream_id
       AND m.stream_position BETWEEN h.used_from_position AND coalesce(h.used_to_position, 9223372036854775807)
     WHERE h.tenant_id = $1 AND h.key_id = k.key_id AND h.key_version = k.key_version AND {_NAME.format("m.data_encrypted")} = {_NAME_OF_KEY})
-  AND NOT EXISTS (SELECT FROM dead_letters d
-    WHERE d.tenant_id = $1 AND {_NAME.format("d.value_encrypted")} = {_NAME_OF_KEY})"""
+  AND {_NAME_OF_KEY} NOT IN (
+    SELECT {_NAME.format("d.value_encrypted")} FROM dead_letters d WHERE d.tenant_id = $1 AND d.value_encrypted IS NOT NULL)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
