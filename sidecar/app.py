@@ -28,6 +28,7 @@ from sidecar.pipeline import Pipeline, Ports
 from sidecar.postgres import migrations
 from sidecar.postgres.batches import GuardSession
 from sidecar.postgres.connection import Pool, connected, open_pool
+from sidecar.postgres.durability import check_standby
 from sidecar.postgres.keystore import KeyStore
 from sidecar.settings import Settings
 from sidecar.streams import Streams
@@ -148,6 +149,8 @@ async def prepare(settings: Settings, admin: Admin) -> tuple[Views, int]:
         )
     async with connected(dsn) as connection:
         await migrations.check_or_migrate(connection, may_migrate=settings.profile == "development")
+        if any(source.purge != "off" for source in settings.sources):
+            await check_standby(connection, production=settings.profile == "production")
         recorded = await topics.record_views(connection, settings, {name: info.partitions for name, info in found.items()})
         await policies.apply(connection, settings.policies.install, actor="sidecar.yaml", now=datetime.now(UTC), only_new=True)
     return Views(recorded), found[settings.dead_letters.topic].partitions

@@ -39,6 +39,7 @@ from sidecar.ports import Clock
 from sidecar.postgres import audit, commands, guard, migrations
 from sidecar.postgres.commands import Job, Unpublished
 from sidecar.postgres.connection import Connection, Pool, connect, open_pool, refuse_transaction_pooling, transaction
+from sidecar.postgres.durability import check_standby
 from sidecar.postgres.guard import Backend
 from sidecar.readmission import Readmission
 from sidecar.residue import Residue
@@ -253,6 +254,7 @@ class ControlPlane:
         try:
             await migrations.check_or_migrate(connection, may_migrate=self._settings.profile == "development")
             await refuse_transaction_pooling(connection)
+            await check_standby(connection, production=self._settings.profile == "production")
         finally:
             await connection.close()
         self._admin = Admin(self._settings)
@@ -260,6 +262,7 @@ class ControlPlane:
         self._ledger_topic = LedgerTopic(self._settings, self._admin)
         self._gate = LedgerGate(self._ledger_topic, self._settings.deployment, records=True)
         await asyncio.to_thread(create_topics, self._admin, self._settings)
+        await asyncio.to_thread(self._ledger_topic.refuse_retention)
         self._pool = await open_pool(dsn, application_name="sidecar control", max_size=AT_ONCE * 2 + 4)
         self._writer = ViewWriter(self._settings)
         self._checkpoints = Checkpoints(self._settings, self._pool, self._signer, self._writer, self._clock)

@@ -94,6 +94,8 @@ class LedgerGate:
         log = await self._log()
         if known.topic_id is not None and (known.topic_id != log.topic_id or log.end < known.next_offset):
             raise LedgerBehind(f"the ledger topic {self._topic.name} is not the one that this database knows: {MEND}")
+        if log.start > known.next_offset:
+            raise LedgerBehind(f"the ledger topic {self._topic.name} has lost entries that this database does not have: restore the topic")
         missing = await ledger.lacking(connection, await self._ids(known.next_offset, log.end))
         if missing:
             raise LedgerBehind(f"this database is older than the ledger, {len(missing)} acts (shreds, holds, …) are not in it: {MEND}")

@@ -85,6 +85,9 @@ class LedgerReplay:
         if here is None:
             raise StoreUnavailable("this Postgres is a standby: name the primary")
         log = await asyncio.to_thread(self._topic.log)
+        known = await ledger.watermark(lead)
+        if log.start > (known.next_offset if known.topic_id == log.topic_id else 0):
+            raise LedgerBehind(f"the ledger topic {self._topic.name} has lost entries that this database does not have: restore the topic")
         found = await asyncio.to_thread(read, self._topic, self._deployment, self._keys)
         self._refuse_unsigned(found)
         lacking = await ledger.lacking(lead, {f.entry.entry_id for f in found})

@@ -89,7 +89,7 @@ class Streams:
                 generation=row["generation"] if row else 1,
                 epoch=row["epoch"] if row else 1,
                 erased_classes=frozenset(row["erased_classes"] if row else ()),
-                foretold_classes=frozenset(row["foretold_classes"] if row else ()),
+                foretold_classes=frozenset((row and row["foretold_classes"]) or ()),
             )
         # Read after the tenants: a shred in between moved the epoch, so the batch is not stored with what is missing here.
         shredded_once = {row["tenant_id"] for row in rows if row["has_barriers"]}

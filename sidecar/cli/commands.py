@@ -109,6 +109,7 @@ def readmit(
     stream: Stream = None,
     stream_class: Class = None,
     subject: Subject = None,
+    restore: Annotated[bool, typer.Option("--restore", help="Within the shred's grace: take the shred itself back.")] = False,
     wait: Wait = None,
     requested_by: RequestedBy = None,
     ticket: Ticket = None,
@@ -117,7 +118,8 @@ def readmit(
 ) -> int:
     """Let a shredded scope take events again, under new keys; what was shredded stays unreadable."""
     scope = scope_of(tenant, stream, stream_class, subject)
-    return send(cli(context), "readmit", scope, reason=reason, requested_by=requested_by, ticket=ticket, key=key, out=out, wait=wait, options={})
+    options = {"restore": True} if restore else {}
+    return send(cli(context), "readmit", scope, reason=reason, requested_by=requested_by, ticket=ticket, key=key, out=out, wait=wait, options=options)
 
 
 def _holder(here: Cli, hold_id: UUID | None) -> str:

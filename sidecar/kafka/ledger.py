@@ -20,9 +20,10 @@ READ_SECONDS: Final = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
-    """The topic as it stands. `end` is exact: no transaction leaves its markers on it."""
+    """The topic as it stands. `end` is exact: no transaction leaves its markers on it. `start` is 0 unless somebody had records deleted."""
 
     topic_id: str
+    start: int
     end: int
 
 
@@ -50,8 +51,16 @@ class LedgerTopic:
             raise ConfigurationError(
                 f"the ledger topic {self.name} has {found.partitions} partitions", where="control.ledger", mend="it needs one: its order counts"
             )
-        end = self._admin.offsets({self.name: PARTITIONS})[self.name][0]
-        return Log(topic_id=found.topic_id, end=end)
+        start, end = (self._admin.offsets({self.name: PARTITIONS}, end=end)[self.name][0] for end in (False, True))
+        return Log(topic_id=found.topic_id, start=start, end=end)
+
+    def refuse_retention(self) -> None:
+        """Raises ConfigurationError for a topic that forgets: a restored database would not hear of what it lacks."""
+        policy = self._admin.topic_config(self.name).get("cleanup.policy", "delete")
+        if policy != CONFIG["cleanup.policy"]:
+            raise ConfigurationError(
+                f"the ledger topic {self.name} has cleanup.policy={policy}: it would forget shreds", where="control.ledger", mend="set it to compact"
+            )
 
     def read(self, start: int, end: int) -> list[LedgerRecord]:
         """All that stands from `start` up to `end`, in order."""

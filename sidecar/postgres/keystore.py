@@ -18,7 +18,8 @@ SELECT t.tenant_id, t.state, t.generation, t.epoch,
   ARRAY(SELECT e.scope_id FROM erased_scopes e
         WHERE e.tenant_id = t.tenant_id AND e.scope_kind = 'class' AND e.readmitted_at IS NULL) AS erased_classes,
   t.generation > 1 OR EXISTS (SELECT FROM erased_scopes e WHERE e.tenant_id = t.tenant_id AND e.readmitted_at IS NOT NULL) AS has_barriers,
-  ARRAY(SELECT r.ref FROM erased_refs r WHERE r.tenant_ref = tenant_ref(t.tenant_id) AND r.scope_kind = 'class') AS foretold_classes,
+  CASE WHEN EXISTS (SELECT FROM erased_refs) THEN
+    ARRAY(SELECT r.ref FROM erased_refs r WHERE r.tenant_ref = tenant_ref(t.tenant_id) AND r.scope_kind = 'class') END AS foretold_classes,
   k.kek_version, k.kms_uri, k.kms_key_version, k.wrapped, k.fingerprint, k.dedicated
 FROM tenants t LEFT JOIN tenant_keys k ON k.tenant_id = t.tenant_id AND k.generation = t.generation AND k.state <> 'destroyed'
 WHERE t.tenant_id = ANY ($1)"""

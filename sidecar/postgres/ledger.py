@@ -40,15 +40,16 @@ class Waiting:
 async def server(connection: Connection) -> Server | None:
     """None for a standby: it may lag, and shows no guard of the primary's."""
     with mapped():
-        if await connection.fetchval("SELECT pg_is_in_recovery()"):
-            return None
         row = await connection.fetchrow(
             # the timeline of the WAL that is being written; pg_control_checkpoint() names the old one until the first checkpoint after a promotion
             """SELECT (SELECT system_identifier::text FROM pg_control_system()) AS system_identifier,
-                 left(pg_walfile_name(pg_current_wal_lsn()), 8) AS timeline, pg_postmaster_start_time()::text AS started,
+                 CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END AS timeline,
+                 pg_postmaster_start_time()::text AS started,
                  (SELECT oid FROM pg_database WHERE datname = current_database()) || '/' || pg_relation_filenode('ledger') AS contents"""
         )
     assert row is not None  # noqa: S101 (a query of constants)
+    if row["timeline"] is None:
+        return None
     return Server(system_identifier=row["system_identifier"], timeline=int(row["timeline"], 16), started=row["started"], contents=row["contents"])
 
 

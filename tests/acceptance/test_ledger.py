@@ -6,6 +6,7 @@ A backup here is a copy of the database on the same server; test_must_not_happen
 import asyncio
 import base64
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,7 +14,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from sidecar.core import dsse
@@ -341,3 +342,73 @@ def test_the_ledger_topic_is_compacted_and_has_one_order(world: World) -> None:
     described = world.json("topics", "plan")
     mine = next(row for row in described if row["topic"] == world.topic("ledger"))
     assert (mine["action"], mine["partitions"], mine["config"]["cleanup.policy"]) == ("none", 1, "compact")
+
+
+def test_a_ledger_topic_that_forgets_is_refused_at_start_and_one_that_forgot_is_not_believed(world: World) -> None:
+    world.create(world.topic("ledger"), 1, cleanup_policy="delete")
+    said = world.cli("control")
+    assert said.returncode == 2
+    assert "would forget shreds" in said.stderr.decode()
+    world.json("topics", "apply")
+    for _ in range(2):
+        told = entry(world, tenant("acme"))
+        put(world, told, dsse.sign(PAYLOAD_TYPE, told.to_bytes(), [control_signer(world.settings)]).to_bytes())
+    admin = AdminClient(client_config(world.settings))
+    for future in admin.delete_records([TopicPartition(world.topic("ledger"), 0, 2)]).values():
+        future.result()
+    with pytest.raises(LedgerBehind, match="lost entries"):
+        world.events("acme")
+    assert "lost entries" in world.cli("ledger", "replay").stderr.decode()
+
+
+def test_a_replay_brings_back_holds_and_skips_what_was_taken_back_within_its_grace(world: World) -> None:
+    control, data = world.control(wait=False), world.run()
+    control.wait_ready()
+    publish(world, b"old", alpha=("aes-1",), beta=("aes-1",), gamma=("aes-1", "aes-2"))
+    stop(control, data)
+    back_up(world)
+    control, data = world.control(wait=False), world.run()
+    control.wait_ready()
+    publish(world, b"mid", gamma=("aes-9",))
+    assert world.carry_out("shred", tenant("alpha"), options={"grace": "1h"})["status"] == "inaccessible"
+    assert world.carry_out("readmit", tenant("alpha"), options={"restore": True})["status"] == "done"
+    for scope in (tenant("beta"), stream_of("gamma", "aes-1"), stream_of("gamma", "aes-9"), stream_of("gamma", "aes-2")):
+        assert world.carry_out("hold", scope)["status"] == "done"
+    assert world.carry_out("release", stream_of("gamma", "aes-2"))["status"] == "done"
+    stop(control, data)
+    restore(world)
+    assert world.json("ledger", "replay")["applied"] == {"shred": 1, "hold": 4, "release": 1, "readmit": 1}
+    assert seen(world, "alpha", "aes-1") == [b"old"]
+    world.control()
+    for held in (tenant("beta"), stream_of("gamma", "aes-1"), stream_of("gamma", "aes-9")):  # the last has no name here yet
+        assert world.carry_out("shred", held)["error"]["code"] == "legal_hold"
+    assert world.carry_out("shred", stream_of("gamma", "aes-2"))["status"] == "inaccessible"
+    assert seen(world, "beta", "aes-1") == seen(world, "gamma", "aes-1") == [b"old"]
+
+
+def test_a_person_and_a_class_that_the_backup_does_not_know_stay_erased(make_world: Callable[..., World]) -> None:
+    policies = {"install": [{"class": "Aes", "key_scope": "subject", "subject": "header:ce_subjectid"}]}
+    world = make_world(policies=policies)
+    jane, joe = ([("ce_subjectid", name)] for name in (b"jane", b"joe"))
+    control, data = world.control(wait=False), world.run()
+    control.wait_ready()
+    world.event(world.topic("in"), b"joe 1", stream="aes-1", headers=joe)
+    world.settle()
+    stop(control, data)
+    back_up(world)
+    control, data = world.control(wait=False), world.run()
+    control.wait_ready()
+    for stream in ("aes-1", "aes-2"):
+        world.event(world.topic("in"), b"jane 1", stream=stream, headers=jane)
+    world.settle()
+    assert world.carry_out("shred", Scope(tenant="acme", kind=ScopeKind.SUBJECT, id="jane"))["status"] == "inaccessible"
+    stop(control, data)
+    restore(world)
+    assert world.json("ledger", "replay")["applied"]["shred"] == 1
+    world.run()
+    world.event(world.topic("in"), b"jane 2", stream="aes-1", headers=jane)
+    world.event(world.topic("in"), b"joe 2", stream="aes-1", headers=joe)
+    world.settle()
+    assert seen(world, "acme", "aes-1") == [b"joe 1", b"joe 2"]
+    assert seen(world, "acme", "aes-2") == []
+    assert world.value("SELECT count(*) FROM refusals WHERE reason = 'scope_erased'") == 3
