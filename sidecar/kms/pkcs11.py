@@ -115,13 +115,15 @@ class _Token:
                 failed = mapped(error, uri)
             except KmsUnavailable as error:
                 failed = error
-            self._session = None
             if not isinstance(failed, KmsUnavailable) or not again:
                 break
             self._initialise_anew()
         raise failed from None
 
     def _open(self, pin: Callable[[], str]) -> Any:
+        if not Path(self._module).exists():
+            mend = "module-path: the library that came with the HSM"
+            raise ConfigurationError("there is no PKCS#11 library", where=f"kms.uri: {self._module}", mend=mend)
         try:
             token = pkcs11.lib(self._module).get_token(token_label=self._label)
         except pkcs11.NoSuchToken:
@@ -133,7 +135,7 @@ class _Token:
         return self._session
 
     def _initialise_anew(self) -> None:
-        """Ends the sessions of all of its tokens; each opens a new one when it is next used."""
+        """Ends and closes the sessions of all of its tokens; each opens a new one when it is next used."""
         for token in self._known.values():
             if token._module == self._module:
                 token._session = None

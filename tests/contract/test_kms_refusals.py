@@ -285,6 +285,23 @@ async def test_wrong_pin_is_a_configuration_error_and_not_tried_until_it_is_lock
     assert await provider(uri).add_version()
 
 
+async def test_pkcs11_library_that_is_not_there_is_a_configuration_error(softhsm: SoftHsm) -> None:
+    uri = softhsm.make_token().replace("libsofthsm2", "libnothing")
+    with pytest.raises(ConfigurationError, match="libnothing"):
+        await check_identity(open_kms(uri), "data", production=False)
+
+
+async def test_refused_wraps_do_not_use_up_the_sessions_of_a_token(softhsm: SoftHsm) -> None:
+    own: Any = provider(softhsm.make_token())
+    await own.add_version()
+    wrapped, version = await own.wrap(b"payload", b"a")
+    session = own._token._session
+    for _ in range(20):
+        with pytest.raises(AuthenticationFailed):
+            await own.unwrap(wrapped, b"b", version)
+    assert own._token._session is session
+
+
 async def test_every_call_is_counted_by_operation_and_each_failure_too() -> None:
     memory = Memory()
     watched = Watched(MemoryKms(memory), pauses=())
