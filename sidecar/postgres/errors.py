@@ -1,5 +1,6 @@
 """asyncpg's errors as ours, in one table; whatever is not named here is a defect and stays what it is."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -63,7 +64,8 @@ def translate(error: BaseException) -> SidecarError | None:
         constraint = getattr(error, "constraint_name", None)
         return Conflict(f"Postgres: {name}{f' on {constraint}' if constraint else ''}")
     if isinstance(error, asyncpg.InsufficientPrivilegeError):
-        return AccessDenied("Postgres: this role may not do that")
+        denied = re.match(r"permission denied for \w+ \w+$|must be owner of \w+ \w+$", str(error))
+        return AccessDenied(f"Postgres: this role may not do that{f' ({denied.group()})' if denied else ''}; `sidecar db roles` sets rights")
     if isinstance(error, asyncpg.InvalidAuthorizationSpecificationError | asyncpg.InvalidCatalogNameError):
         return StoreUnavailable(f"Postgres refused the connection: {name}; check user, password and database of the dsn")
     if isinstance(error, _UNAVAILABLE):
