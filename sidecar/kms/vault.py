@@ -84,8 +84,8 @@ class VaultKms:
 
     traits = TRAITS
 
-    def __init__(self, uri: KmsUri, *, own: bool = False) -> None:
-        """`own`: a tenant's, made when it is first needed."""
+    def __init__(self, uri: KmsUri, *, client: Any = None, own: bool = False) -> None:
+        """`client`: another's, whose connections this one shares. `own`: a tenant's key, made when it is first needed."""
         uri.known("address", "namespace", "token-file", "ca-file")
         self._mount, _, self._name = uri.name.rpartition("/")
         if not (self._mount and self._name):
@@ -96,7 +96,7 @@ class VaultKms:
         if not address:
             raise ConfigurationError("a vault: URI needs an address", where="kms.uri", mend="?address=https://…, or $VAULT_ADDR")
         verify: str | bool = uri.options.get("ca-file") or True
-        self._client = hvac.Client(url=address, namespace=self._namespace or None, verify=verify, timeout=SECONDS)
+        self._client = client or hvac.Client(url=address, namespace=self._namespace or None, verify=verify, timeout=SECONDS)
         self._seen: tuple[_Key, float] | None = None
 
     @property
@@ -190,7 +190,8 @@ class VaultKms:
         return any(may & {"root", "sudo", "update" if path.endswith("/trim") else "delete"} for path, may in rights.items())
 
     async def dedicated(self, tenant: str) -> "VaultKms":
-        return VaultKms(replace(self._parsed, name=f"{self._mount}/{dedicated_name(self._name, tenant)}"), own=True)
+        name = f"{self._mount}/{dedicated_name(self._name, tenant)}"
+        return VaultKms(replace(self._parsed, name=name), client=self._client, own=True)
 
     async def _check_destroys(self, raw: dict[str, Any], where: str) -> None:
         if not raw["deletion_allowed"]:
