@@ -33,7 +33,7 @@ from sidecar.postgres.event_store import SealedFor
 from sidecar.postgres.keystore import KeyStore
 from sidecar.streams import Streams
 
-ATTEMPTS: Final = 10
+ATTEMPTS: Final = 50
 LOCK_MS: Final = 5000
 
 
@@ -122,12 +122,14 @@ class KeyManagementService:
         now = found.by_subject or found.key
         if found.refusal is None and isinstance(decision, Encrypt) and (now is None or now.suite is not decision.suite):
             return None
-        return self._held(held, found, self._policies)
+        return self._held(held, found, self._policies, wanted)
 
     @staticmethod
-    def _held(tenant: Tenant, stream: Stream, policies: PolicySet) -> Held:
+    def _held(tenant: Tenant, stream: Stream, policies: PolicySet, wanted: Encrypt | None) -> Held:
         if tenant.refusal or stream.refusal:
             raise RecordRefused(tenant.refusal or stream.refusal or "")
+        if not (stream.key or stream.by_subject) and isinstance(wanted or policies.decide(tenant.id, stream.stream_class), Encrypt):
+            raise KeyUnavailable("a stream that policy encrypts has no key")  # never plaintext instead
         return Held(tenant, stream, SealedFor(epoch=tenant.epoch if stream.key or stream.by_subject else None, policy_version=policies.version))
 
     async def hold(self, tenant: str, stream: str, stream_class: str, wanted: Encrypt | None = None, *, text: bool = False) -> Held:
@@ -180,6 +182,8 @@ class KeyManagementService:
                 if by is not None:
                     missing = {name for name in persons if name and self._streams.find_subject(held.tenant, name, by.suite) is None}
                     await self._streams.load_subjects([(held.tenant, name, by.suite) for name in sorted(missing)], fresh)
+                if self._streams.tenants.get(held.tenant.id.encode()) is not held.tenant:
+                    raise Moved
                 needs: dict[SealingKey, int] = {}
                 for name in persons:
                     key = self._key_of(held, name)
@@ -211,7 +215,9 @@ class KeyManagementService:
         fresh = Fresh()
         if raw not in self._streams.tenants:
             await self._streams.load_tenants([name])
-        tenant = self._streams.tenants[raw]
+        tenant = self._streams.tenants.get(raw)
+        if tenant is None:
+            raise Conflict("the tenant was forgotten meanwhile")
         tenant.streams.pop(_raw(stream, text), None)
         try:
             if tenant.refusal is None:
@@ -222,8 +228,12 @@ class KeyManagementService:
             self._streams.discard([name])  # what was made and not recorded is nobody's key
             raise
         self._streams.age()
-        found = self._streams.find(tenant, _raw(stream, text)) or Stream(stream, b"", stream_class, tenant.refusal, None, 0)
-        return self._held(tenant, found, policies)
+        if tenant.refusal:
+            raise RecordRefused(tenant.refusal)
+        found = self._streams.find(tenant, _raw(stream, text))
+        if found is None or self._streams.tenants.get(raw) is not tenant:
+            raise Conflict("the tenant was forgotten meanwhile")
+        return self._held(tenant, found, policies, wanted)
 
     async def _record(self, tenant: Tenant, fresh: Fresh) -> None:
         """New keys, under the guard and before anything is sealed with them: an append that comes to nothing leaves a harmless key."""
@@ -303,6 +313,12 @@ class KeyManagementService:
 
     async def rotate_key(self, scope: Scope, *, actor: str = "library") -> int:
         """Retire the scope's live keys: none seals anything after this call; each gets its next version at its next write. -> how many."""
+        async with self._making:  # who is loading these keys now gets done first
+            names = await self._retire(scope, actor)
+            self.forget(scope.tenant)
+        return len(names)
+
+    async def _retire(self, scope: Scope, actor: str) -> list[str]:
         async with transaction(self._pool) as connection:
             await connection.execute("SELECT pg_advisory_xact_lock(1, $1)", guard_stripe(scope.tenant))
             tenant = await shreds.lock_tenant(connection, scope.tenant)
@@ -314,8 +330,7 @@ class KeyManagementService:
                 connection, writer=self._writer, at=self._clock.now(), action="keys.rotate", actor=actor, tenant=scope.tenant,
                 details=shreds.Keys(names=names).in_audit(),
             )  # fmt: skip
-        self.forget(scope.tenant)
-        return len(names)
+        return names
 
 
 def _raw(stream: str, text: bool) -> bytes:
