@@ -11,7 +11,7 @@ Each step can be repeated after a crash, and by another process. One roller work
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sidecar import telemetry
@@ -46,9 +46,8 @@ class Sealing:
         """A new seal epoch, or the one that was begun goes on, up to where a backup must be confirmed; False if another process is at it."""
         async with self._alone() as alone:
             if alone:
-                await self._begin(self._kms, None, actor)
-                for tenant in await self._dedicated_and_shredded():
-                    await self._begin(await self._kms.dedicated(tenant), tenant, actor)
+                for kms, tenant in await self._to_roll():
+                    await self._begin(kms, tenant, actor)
                 await self._advance(actor)
         return alone
 
@@ -56,8 +55,11 @@ class Sealing:
         """The timer: begin what is due, go on with what was begun, ask the KMS again."""
         async with self._alone() as alone:
             if alone:
-                if await self._due():
-                    await self._begin(self._kms, None, "timer")
+                if self._settings.roll_every is not None:
+                    age = timedelta(milliseconds=duration_ms(self._settings.roll_every))
+                    for kms, tenant in await self._to_roll():
+                        if await self._oldest(kms.uri) <= self._clock.now() - age:
+                            await self._begin(kms, tenant, "timer")
                 await self._advance("timer")
 
     async def confirm_backup(self, version: str | None, actor: str) -> list[str]:
@@ -204,17 +206,17 @@ class Sealing:
 
     # what there is to do
 
-    async def _due(self) -> bool:
-        if self._settings.roll_every is None:
-            return False
+    async def _to_roll(self) -> list[tuple[Kms, str | None]]:
+        """The common key, and those of tenants that have one of their own and of which something was shredded."""
         async with transaction(self._pool) as connection:
-            epochs = await seal_epochs.of_key(connection, self._kms.uri)
-        oldest = min((epoch.created_at for epoch in epochs if epoch.state == "active"), default=None)
-        return oldest is not None and self._clock.now() - oldest >= timedelta(milliseconds=duration_ms(self._settings.roll_every))
+            tenants = await seal_epochs.dedicated_to_roll(connection)
+        return [(self._kms, None), *[(await self._kms.dedicated(tenant), tenant) for tenant in tenants]]
 
-    async def _dedicated_and_shredded(self) -> list[str]:
+    async def _oldest(self, uri: str) -> datetime:
+        """Since when the key's active epoch lasts; now, if it never wrapped anything."""
         async with transaction(self._pool) as connection:
-            return await seal_epochs.dedicated_to_roll(connection)
+            epochs = await seal_epochs.of_key(connection, uri)
+        return min((epoch.created_at for epoch in epochs if epoch.state == "active"), default=self._clock.now())
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[bool]:

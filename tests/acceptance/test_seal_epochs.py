@@ -12,7 +12,7 @@ from sidecar.core.errors import Unavailable
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.postgres import rekeys
 from sidecar.testing import control_plane as kit
-from tests.acceptance.rolls import confirm_and_destroy, irrecoverable, roll, states, statuses, wrapped_by
+from tests.acceptance.rolls import backup, confirm_and_destroy, irrecoverable, restore, roll, sealing, states, statuses, wrapped_by
 from tests.acceptance.world import World, until
 
 TENANTS = ("acme", "globex", "initech")
@@ -167,8 +167,12 @@ def test_a_dedicated_key_rolls_when_a_stream_of_its_tenant_was_shredded(dedicate
     world = dedicated
     receipt = world.carry_out("shred", stream_of("globex", "aes-1"))
     assert irrecoverable(world, receipt) == (None, "next seal epoch")
-    roll(world, dedicated=True)
-    assert own_keys(world) == {"acme": ["active"], "globex": ["retired", "active"]}
+
+    def rolled_when_due() -> bool:
+        sealing(world, lambda s: s.follow_up(), dedicated=True, roll_every="1s")
+        return own_keys(world) == {"acme": ["active"], "globex": ["retired", "active"]}
+
+    until(rolled_when_due, "the tenant's own key to be rolled")
     assert irrecoverable(world, receipt) == (None, "keystore backup to be confirmed")
     confirm_and_destroy(world, dedicated=True)
     assert own_keys(world) == {"acme": ["active"], "globex": ["destroyed", "active"]}
@@ -271,3 +275,34 @@ def test_a_key_row_that_was_altered_keeps_its_tenants_old_key_and_the_epoch(fill
     assert states(filled)[old] == "retiring"
     assert filled.value("SELECT count(*) FROM tenant_keys WHERE wrapped IS NOT NULL AND kms_key_version = $1", old) == 2
     assert statuses(filled, "initech") == ["ok"] * 6
+
+
+# what a shred waits for
+
+
+def test_a_shred_is_irrecoverable_when_every_version_that_ever_wrapped_its_key_is_destroyed(filled: World) -> None:
+    """The last one alone is not enough: a backup from between has the wrap under the one before."""
+    filled.control()
+    roll(filled)
+    receipt = filled.carry_out("shred", Scope.of_tenant("acme"))
+    assert irrecoverable(filled, receipt) == (None, "next seal epoch")
+    roll(filled)
+    first, second, _ = states(filled)
+    filled.json("keys", "confirm-backup", "--epoch", second)
+    assert (states(filled)[first], states(filled)[second]) == ("retired", "destroyed")
+    assert irrecoverable(filled, receipt) == (None, "keystore backup to be confirmed")
+    confirm_and_destroy(filled)
+    assert irrecoverable(filled, receipt)[1] is None
+    assert statuses(filled, "globex") == ["ok"] * 6
+
+
+def test_a_restored_database_is_not_rolled_before_the_ledger_was_replayed(filled: World, make_database: Callable[[], str]) -> None:
+    """Else what was shredded after the backup would be moved to the next version."""
+    taken = backup(filled.dsn)
+    filled.control()
+    filled.carry_out("shred", Scope.of_tenant("acme"))
+    restored = make_database()
+    restore(restored, taken)
+    said = filled.cli("keys", "roll-epoch", environment={"SIDECAR_POSTGRES__DSN": restored})
+    assert said.returncode == 1
+    assert b"ledger replay" in said.stderr
