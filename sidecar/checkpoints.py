@@ -105,7 +105,11 @@ async def find(settings: Settings, connection: Connection, keys: Mapping[str, Ed
 
 
 async def verify(settings: Settings, connection: Connection, keys: Mapping[str, Ed25519PublicKey], *, offline: bool = False) -> list[dict[str, Any]]:
-    """A row per chain, and one per thing that is wrong with a checkpoint; without keys checkpoints are not looked at."""
+    """A row per chain, and one per thing that is wrong with a checkpoint; without keys checkpoints are not looked at.
+
+    Raises ConfigurationError where this role sees only a part.
+    """
+    await audit.refuse_a_part(connection)
     found = await find(settings, connection, keys, offline=offline) if keys else Found()
     rows = [_shown(chain) async for chain in audit.chains(connection, found.signed.of)]
     return rows + [{"writer": None, "seq": None, "ok": False, "problem": problem} for problem in found.problems]

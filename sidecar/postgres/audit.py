@@ -6,6 +6,7 @@ from typing import Any, Final
 from zlib import crc32
 
 from sidecar.core.audit import GENESIS, AuditRow, Chain, link, tenant_ref
+from sidecar.core.errors import ConfigurationError
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
 
@@ -53,6 +54,20 @@ async def read(connection: Connection, *, writer: str | None = None, limit: int 
             "SELECT * FROM audit_log WHERE $1::text IS NULL OR writer = $1 ORDER BY at DESC, writer, seq DESC LIMIT $2", writer, limit
         )
     return [_row(row) for row in reversed(rows)]
+
+
+async def refuse_a_part(connection: Connection) -> None:
+    """A reader sees the rows of one tenant, or none (postgres/roles.py): a chain of which rows are hidden would look broken, or whole.
+
+    Raises ConfigurationError.
+    """
+    with mapped():
+        hidden = await connection.fetchval(
+            """SELECT relkind = 'v' AND current_setting('sidecar.tenant', true) IS DISTINCT FROM '*' FROM pg_class WHERE oid = 'audit_log'::regclass"""
+        )
+    if hidden:
+        mend = "a reader with sidecar.tenant=* can verify it, or the control role"
+        raise ConfigurationError("this reader sees only a part of the audit trail", where="postgres.dsn_reader", mend=mend)
 
 
 async def chains(connection: Connection, signed: Mapping[str, Mapping[int, bytes]] | None = None) -> AsyncIterator[Chain]:

@@ -11,7 +11,7 @@ import pytest
 from sidecar import checkpoints
 from sidecar.checkpoints import Checkpoints
 from sidecar.core.dsse import Signer, key_id
-from sidecar.core.errors import BrokerUnavailable
+from sidecar.core.errors import BrokerUnavailable, ConfigurationError
 from sidecar.kafka import journal
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.receipts import ViewRecord, ViewWriter
@@ -247,4 +247,21 @@ async def test_verify_does_not_pass_when_the_topic_cannot_be_read(trail: Trail) 
     trail.settings = trail.settings.model_copy(update={"kafka": kafka})
     with pytest.raises(BrokerUnavailable):
         await trail.verify()
+    assert await trail.problems(offline=True) == []
+
+
+async def test_reader_who_sees_only_a_part_of_the_trail_cannot_verify_it(trail: Trail) -> None:
+    """As `sidecar db roles` makes it: views in a schema of the readers'. A part would look broken, or, empty, whole."""
+    await trail.checkpoint()
+    await trail.execute("CREATE SCHEMA walled")
+    await trail.execute(
+        "CREATE VIEW walled.audit_log AS SELECT * FROM public.audit_log WHERE current_setting('sidecar.tenant', true) = '*' OR writer = 'one'"
+    )
+    await trail.execute("SET search_path = walled, public")
+    for tenant in (None, "acme"):
+        if tenant is not None:
+            await trail.execute(f"SET sidecar.tenant = '{tenant}'")
+        with pytest.raises(ConfigurationError, match="only a part"):
+            await trail.verify(offline=True)
+    await trail.execute("SET sidecar.tenant = '*'")
     assert await trail.problems(offline=True) == []
