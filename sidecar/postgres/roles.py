@@ -20,11 +20,12 @@ from sidecar.postgres.errors import mapped
 
 ROLES: Final = ("data", "control", "reader", "migrator")
 
-_DATA_READS = """tenants tenant_keys encryption_keys erased_scopes erased_refs encryption_policies policy_version streams stream_key_history
+DATA_READS = """tenants tenant_keys encryption_keys erased_scopes erased_refs encryption_policies policy_version streams stream_key_history
   source_topics messages partition_leases instances audit_log dead_letters refusals shred_barriers views seal_epochs ledger ledger_watermark
-  consumer_checkpoints consumer_set_aside schema_migrations"""
+  legal_holds policy_history consumer_checkpoints consumer_set_aside schema_migrations"""
+NOT_FOR_DATA = "quarantined_keys commands receipts residue certificates audit_checkpoints"
 _DATA_INSERTS = """tenants tenant_keys encryption_keys encryption_policies streams stream_key_history source_topics messages partition_leases
-  instances audit_log dead_letters refusals views seal_epochs consumer_checkpoints consumer_set_aside"""
+  instances audit_log dead_letters refusals views seal_epochs policy_history consumer_checkpoints consumer_set_aside"""
 _DATA_UPDATES = {
     "encryption_keys": "is_active, retired_at, uses_reserved, used_outside",
     "streams": "position, is_encrypted, encrypted_from_position, encryption_key_id, encryption_algorithm, key_rotation_count, last_key_rotation",
@@ -40,7 +41,14 @@ _DATA_UPDATES = {
     "seal_epochs": "created_at",
 }
 _CONTROL_DELETES = "messages, quarantined_keys, residue, erased_refs, shred_barriers"
-_CONTROL_UPDATES_ONLY = {"audit_log": "", "schema_migrations": "", "certificates": "", "ledger": "published_at", "audit_checkpoints": "published_at"}
+_CONTROL_UPDATES_ONLY = {
+    "audit_log": "",
+    "schema_migrations": "",
+    "certificates": "",
+    "policy_history": "",
+    "ledger": "published_at",
+    "audit_checkpoints": "published_at",
+}
 _CONTROL_MAINTAINS = "tenant_keys, encryption_keys, quarantined_keys"
 _HIDDEN = {"certificates": {"salt"}}
 _NOT_FOR_READERS = {"quarantined_keys"}
@@ -85,7 +93,7 @@ def _create(name: str) -> str:
 
 def _data(role: str) -> list[str]:
     return [
-        f"GRANT SELECT ON {', '.join(_DATA_READS.split())} TO {role}",
+        f"GRANT SELECT ON {', '.join(DATA_READS.split())} TO {role}",
         f"GRANT INSERT ON {', '.join(_DATA_INSERTS.split())} TO {role}",
         *(f"GRANT UPDATE ({columns}) ON {table} TO {role}" for table, columns in _DATA_UPDATES.items()),
         f"GRANT DELETE ON consumer_set_aside TO {role}",
