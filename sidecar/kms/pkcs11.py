@@ -170,7 +170,8 @@ class Pkcs11Kms:
         if "module-path" not in uri.options:
             raise ConfigurationError("a pkcs11: URI needs module-path", where="kms.uri", mend="the HSM's library, such as …/libsofthsm2.so")
         self._token_label, self._label = named["token"], named["object"]
-        self._token = _Token.of(uri.options["module-path"], self._token_label)
+        # one library has one state in a process, whichever of its names it is loaded by
+        self._token = _Token.of(os.path.realpath(uri.options["module-path"]), self._token_label)
         self._handles = _Handles()
 
     @property

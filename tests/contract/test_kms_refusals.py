@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from sidecar.kms import check_identity, open_for, open_kms, provider
 from sidecar.kms.wrappers import Watched
 from sidecar.settings import KmsSettings
 from sidecar.testing.memory_kms import Memory, MemoryKms
-from sidecar.testing.softhsm import SoftHsm
+from sidecar.testing.softhsm import SoftHsm, library
 from sidecar.testing.transit_server import TransitKey, TransitServer, transit_server
 from tests.contract.kms_subjects import vault_uri
 
@@ -111,11 +112,20 @@ async def test_data_plane_that_may_destroy_is_refused_in_production_and_warned_o
     assert "profile production refuses that" in caplog.text
 
 
-_READS_ONLY = """
+_MAKES = """
+import asyncio, sys
+from pathlib import Path
+from sidecar.kms import provider
+from sidecar.testing.softhsm import SoftHsm
+uri = SoftHsm(Path(sys.argv[1])).make_token()
+asyncio.run(provider(uri).add_version())
+print(uri)
+"""
+_USES = """
 import asyncio, os, sys
 from sidecar.kms import check_identity, open_kms
 kms = open_kms(sys.argv[1])
-if os.getuid() == 0:  # whom no mode keeps from writing
+if sys.argv[2] == "other" and os.getuid() == 0:  # whom no mode keeps from writing
     os.setgid(65534), os.setuid(65534)
 async def main():
     await check_identity(kms, "data", production=True)
@@ -126,22 +136,26 @@ asyncio.run(main())
 """
 
 
-def test_user_who_may_only_read_an_hsm_is_a_data_plane_and_no_control_plane(softhsm: SoftHsm) -> None:
-    uri = softhsm.make_token()
-    asyncio.run(provider(uri).add_version())
-    entries = [path for path in softhsm.folder.rglob("*")]
-    parents = [folder for folder in softhsm.folder.parents if folder.stat().st_uid == os.getuid() and len(folder.parts) > 2]
-    before = {path: path.stat().st_mode for path in (*parents, softhsm.folder, *entries)}
-    try:
-        for path in before:
-            path.chmod(0o755 if path in parents else 0o555 if path.is_dir() else 0o444)
-        done = subprocess.run([sys.executable, "-c", _READS_ONLY, uri], capture_output=True, timeout=60)
-    finally:
-        for path, mode in before.items():
-            path.chmod(mode)
-    assert b"may not destroy keys" in done.stderr, done.stderr
-    with pytest.raises(ConfigurationError, match="may destroy keys"):  # control: who may write is no data plane
-        asyncio.run(check_identity(open_kms(uri), "data", production=True))
+def test_user_who_may_only_read_an_hsm_is_a_data_plane_and_no_control_plane() -> None:
+    """In a folder that others may look into, and in processes of their own, which know no other token."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, "softhsm")
+        environment = dict(os.environ) | {"SOFTHSM2_CONF": str(folder / "softhsm2.conf")}
+
+        def python(script: str, *words: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-c", script, *words]
+            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+        uri = python(_MAKES, str(folder)).stdout.strip()
+        refused = python(_USES, uri, "ours")
+        assert "the data plane's KMS identity may destroy keys" in refused.stderr  # control: we may write
+        for path in (*folder.rglob("*"), folder):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        Path(parent).chmod(0o755)
+        refused = python(_USES, uri, "other")
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o755)
+    assert "the control plane's identity may not destroy keys" in refused.stderr
 
 
 async def test_role_that_names_another_key_is_refused(tmp_path: Path) -> None:
@@ -289,6 +303,13 @@ async def test_pkcs11_library_that_is_not_there_is_a_configuration_error(softhsm
     uri = softhsm.make_token().replace("libsofthsm2", "libnothing")
     with pytest.raises(ConfigurationError, match="libnothing"):
         await check_identity(open_kms(uri), "data", production=False)
+
+
+async def test_one_library_may_be_named_in_two_ways(softhsm: SoftHsm, tmp_path: Path) -> None:
+    uri = softhsm.make_token()
+    (tmp_path / "link.so").symlink_to(library())
+    version = await provider(uri).add_version()
+    assert await provider(uri.replace(library(), f"{tmp_path}/link.so")).current() == version
 
 
 async def test_refused_wraps_do_not_use_up_the_sessions_of_a_token(softhsm: SoftHsm) -> None:
