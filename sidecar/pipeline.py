@@ -224,6 +224,12 @@ class Pipeline:
             self.ready = (False, "stopped without knowing how the last batch ended")
             telemetry.log.warning("the last batch was not finished; the next start resumes it", extra={"action": "stop", "error": error})
         self._recovering = True
+        if not self.ready[0]:  # a new producer ends what the last one may have left open; without one the outcome stays unknown
+            try:
+                await self.ports.producer.reopen()
+                self.ready = (True, "stopped")
+            except (SidecarError, ProducerFenced) as error:
+                telemetry.log.warning("the last transaction's outcome is not known", extra={"action": "stop", "error": error})
         if self._fetching is not None:
             await asyncio.wait({self._fetching})
 
@@ -235,6 +241,8 @@ class Pipeline:
         The order matters: the guard's locks are given up only after `reopen` has ended the transaction that they covered.
         """
         self._recovering = True
+        if error is not None:
+            self.ready = (False, f"waiting: {error}")  # also where a stop ends the waiting: then it is not on record as stopped
         while not stop.is_set():
             try:
                 if error is not None:

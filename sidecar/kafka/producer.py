@@ -5,6 +5,7 @@ with the same transactional id (`reopen`), which ends the old transaction one wa
 """
 
 import asyncio
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -121,10 +122,20 @@ class TransactionalProducer:
             if offsets:
                 positions = [TopicPartition(topic, partition, offset) for (topic, partition), offset in offsets.items()]
                 producer.send_offsets_to_transaction(positions, group_metadata, COMMIT_SECONDS)
+            if not self._delivered(producer):
+                producer.abort_transaction(COMMIT_SECONDS)
+                raise self._found_too_large()
             producer.commit_transaction(COMMIT_SECONDS)
         except KafkaException as error:
             failed = self._failed(producer, error.args[0])
             raise self._found_too_large() if self._refused and not isinstance(failed, ProducerFenced) else failed from None
+
+    def _delivered(self, producer: Producer) -> bool:
+        """Has the broker all records? False as soon as it refuses one: a commit would wait for those behind it until its time is up."""
+        until = time.monotonic() + COMMIT_SECONDS
+        while producer.flush(0.05) and not self._refused and time.monotonic() < until:
+            pass
+        return not self._refused
 
     def _undelivered(self, error: KafkaError, _message: Any, origin: Any = None) -> None:
         """The broker did not take a record; called in the thread of `emit`, for failures alone."""
