@@ -5,10 +5,23 @@ from uuid import UUID
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from sidecar.core.aead import Suite
 from sidecar.core.errors import AuthenticationFailed
-from sidecar.core.keys import TRANSITIONS, WRAPPED_DEK_BYTES, Dek, Kek, KeyName, KeyState, TenantState, commitment, fingerprint, kek_context
+from sidecar.core.keys import (
+    TRANSITIONS,
+    WRAPPED_DEK_BYTES,
+    Dek,
+    Kek,
+    KeyName,
+    KeyState,
+    TenantState,
+    UseLimits,
+    commitment,
+    fingerprint,
+    kek_context,
+)
 from sidecar.core.model import Scope, ScopeKind
 from tests.unit import independent_decoder as second
 from tests.unit.samples import key_names, keys, nonces, tenants, u32s
@@ -142,3 +155,14 @@ def test_unwrapped_bytes_do_not_outlive_a_refusal(monkeypatch: pytest.MonkeyPatc
             kek.unwrap(altered, NAME, against)
     assert len(made) >= 3
     assert all(SECRET not in bytes(buffer) for buffer in made)
+
+
+@given(st.sampled_from(list(ScopeKind)), st.integers(1, 1000), st.integers(1, 200), st.integers(0, 2000))
+def test_a_block_of_uses_never_passes_the_soft_limit_and_a_streams_key_takes_all_of_it(kind: ScopeKind, soft: int, block: int, uses: int) -> None:
+    limits = UseLimits(soft=soft, hard=2 * soft, block=block)
+    more = limits.next_block(kind, uses)
+    assert more == 0 if uses >= soft else 0 < more <= soft - uses
+    if kind is ScopeKind.STREAM:
+        assert more == max(soft - uses, 0)
+    elif kind is not ScopeKind.SUBJECT:
+        assert more <= block
