@@ -142,8 +142,9 @@ def _of_scope(scope: Scope) -> str:
     """A condition on encryption_keys k; $1 the tenant, $2 the scope's id."""
     if scope.kind in (ScopeKind.STREAM, ScopeKind.SUBJECT):
         return f"k.tenant_id = $1 AND k.scope_kind = '{scope.kind}' AND k.scope_id = $2"
-    return """k.tenant_id = $1 AND (k.scope_kind = 'class' AND k.scope_id = $2 OR k.scope_kind = 'stream'
-      AND k.scope_id IN (SELECT stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2))"""
+    # One IN, not two conditions with an OR: that is a join for the planner, where the other is a scan per key once a class is large.
+    return """k.tenant_id = $1 AND (k.scope_kind, k.scope_id) IN (
+      SELECT 'class', $2::text UNION ALL SELECT 'stream', stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2)"""
 
 
 async def _take_tenant_keys(connection: Connection, tenant: str, command_id: UUID, kept_until: datetime | None) -> Keys:
@@ -174,9 +175,9 @@ _SHARED = {
         WITH of_class AS MATERIALIZED (SELECT stream_id, encryption_key_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2),
         used AS (SELECT h.key_id FROM of_class c JOIN stream_key_history h ON h.tenant_id = $1 AND h.stream_id = c.stream_id
                  UNION SELECT encryption_key_id FROM of_class WHERE encryption_key_id IS NOT NULL)
-        SELECT DISTINCT key_id, scope_kind, scope_id FROM encryption_keys k JOIN used USING (key_id) WHERE k.tenant_id = $1 AND NOT k.is_destroyed AND {_OF_NOW}
-          AND NOT (k.scope_kind = 'class' AND k.scope_id = $2)
-          AND NOT (k.scope_kind = 'stream' AND k.scope_id IN (SELECT stream_id FROM of_class))""",
+        SELECT DISTINCT key_id, scope_kind, scope_id FROM encryption_keys k JOIN used USING (key_id)
+          LEFT JOIN of_class own ON k.scope_kind = 'stream' AND k.scope_id = own.stream_id
+        WHERE k.tenant_id = $1 AND NOT k.is_destroyed AND {_OF_NOW} AND own.stream_id IS NULL AND NOT (k.scope_kind = 'class' AND k.scope_id = $2)""",
 }
 
 
@@ -214,10 +215,10 @@ async def retire(connection: Connection, scope: Scope, older_than: datetime | No
     """Mark the live keys that the scope's events are sealed with; each gets its successor at its next write. -> names."""
     of = {
         ScopeKind.TENANT: "$2::text IS NOT NULL",
-        ScopeKind.CLASS: """(scope_kind = 'class' AND scope_id = $2 OR scope_kind = 'stream'
-            AND scope_id IN (SELECT stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2)
-            OR scope_kind = 'subject' AND key_id IN (SELECT h.key_id FROM streams s JOIN stream_key_history h USING (tenant_id, stream_id)
-              WHERE s.tenant_id = $1 AND s.stream_type_class = $2 AND h.used_to_position IS NULL))""",
+        ScopeKind.CLASS: f"""key_id IN (
+            SELECT k.key_id FROM encryption_keys k WHERE {_of_scope(Scope(tenant=scope.tenant, kind=ScopeKind.CLASS, id=scope.id))} AND k.is_active
+            UNION SELECT p.key_id FROM encryption_keys p JOIN stream_key_history h USING (tenant_id, key_id) JOIN streams s USING (tenant_id, stream_id)
+            WHERE p.tenant_id = $1 AND p.scope_kind = 'subject' AND p.is_active AND s.stream_type_class = $2 AND h.used_to_position IS NULL)""",
         ScopeKind.STREAM: """key_id IN (
             SELECT key_id FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = 'stream' AND scope_id = $2 AND is_active
             UNION SELECT encryption_key_id FROM streams WHERE tenant_id = $1 AND stream_id = $2 AND encryption_key_id IS NOT NULL
