@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 
 from sidecar.core.errors import KeyShredded, KmsUnavailable
-from sidecar.core.keys import KekRow
+from sidecar.core.keys import Kek, KekRow
 from sidecar.core.model import Erased, Event, Scope
 from sidecar.event_store import EventStore
+from sidecar.kafka.ledger import LedgerTopic
 from sidecar.keys import KeyManagement
 from sidecar.kms import open_kms
 from sidecar.kms.file import FileKms
-from sidecar.ports import Kms
+from sidecar.ledger import LedgerGate
 from sidecar.postgres import seal_epochs
 from sidecar.postgres.connection import Connection, open_pool
 from sidecar.postgres.errors import mapped
@@ -249,23 +250,23 @@ def kms_away(world: World) -> Iterator[None]:
         hidden.rename(key)
 
 
-class TakesAwayForErased(FileKms):
-    """Broken: whatever it cannot do now it says is gone for good."""
+class TakesAwayForErased(KeyManagement):
+    """Broken: whatever it cannot open now it says is gone for good."""
 
-    async def unwrap(self, wrapped: bytes, aad: bytes, key_version: str) -> bytes:
+    async def open_kek(self, row: KekRow) -> Kek:
         try:
-            return await super().unwrap(wrapped, aad, key_version)
+            return await super().open_kek(row)
         except KmsUnavailable:
             raise KeyShredded from None
 
 
-def answers(world: World, tenant: str, kms: Kms) -> set[str]:
-    """What a reader is told, with a KMS that it opened before: the checker. `unavailable`: nothing is said of any event."""
+def answers(world: World, tenant: str, keys: KeyManagement) -> set[str]:
+    """What a reader is told, with keys that it opens from a KMS: the checker. `unavailable`: nothing is said of any event."""
 
     async def read() -> set[str]:
         pool = await open_pool(world.dsn)
         try:
-            found = await EventStore(pool, KeyManagement(kms)).read(tenant)
+            found = await EventStore(pool, keys, LedgerGate(LedgerTopic(world.settings), world.settings.deployment)).read(tenant)
         except KmsUnavailable:
             return {"unavailable"}
         except KeyShredded:
@@ -282,12 +283,12 @@ def test_11_a_kms_that_is_away_is_not_read_as_erased(world: World) -> None:
     world.run()
     world.planes[0].wait_ready()
     fill(world)
-    kms = open_kms(world.settings.kms.uri)
+    keys = KeyManagement(open_kms(world.settings.kms.uri))
     with kms_away(world):
         receipt = world.carry_out("shred", ACME)  # a shred needs no KMS
         assert receipt["status"] == "inaccessible"
-        assert answers(world, "acme", kms) == {"erased"}
-        assert answers(world, "globex", kms) == {"unavailable"}
+        assert answers(world, "acme", keys) == {"erased"}
+        assert answers(world, "globex", keys) == {"unavailable"}
         said = world.cli("-o", "json", "events", "list", "--tenant", "globex")
         assert said.returncode != 0
         assert b"erased" not in said.stdout
@@ -306,7 +307,7 @@ def test_11_a_kms_that_is_away_is_not_read_as_erased(world: World) -> None:
 def test_11_control_a_kms_that_says_gone_for_away_is_caught(world: World) -> None:
     world.run()
     fill(world)
-    kms = TakesAwayForErased(world.folder / "kek")
-    assert answers(world, "globex", kms) == {"ok"}
+    keys = TakesAwayForErased(open_kms(world.settings.kms.uri))
+    assert answers(world, "globex", keys) == {"ok"}
     with kms_away(world):
-        assert answers(world, "globex", kms) == {"erased"}
+        assert answers(world, "globex", keys) == {"erased"}
