@@ -122,6 +122,7 @@ async def test_rotations_against_appends_all_succeed_and_all_open(library: Libra
     async def rotate() -> None:
         for _ in range(60):
             await library.keys.rotate_key(STREAM)
+            await asyncio.sleep(0.02)  # or all of them are done before the second append has a key
 
     async def append() -> None:
         for n in range(200):
