@@ -348,9 +348,10 @@ def build(
     *,
     extra_sources: Sequence[dict[str, Any]] = (),
     kafka_client: dict[str, Any] | None = None,
+    partitions: int = 2,
     **changes: Any,
 ) -> World:
-    """A configuration with a source topic `in` (2 partitions), a few classes and a view of everything; `changes` replace its sections."""
+    """A configuration with a source topic `in`, a few classes and a view of everything; `changes` replace its sections."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "kek").exists():
         create_key_file(folder / "kek")
@@ -386,7 +387,7 @@ def build(
     blocking(world.migrate)
     for source in world.settings.sources:
         if not set(source.topic) & set("*?["):
-            world.create(source.topic, 2, max_message_bytes=str(12 * 2**20))
+            world.create(source.topic, partitions, max_message_bytes=str(12 * 2**20))
     return world
 
 
