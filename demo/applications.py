@@ -109,8 +109,10 @@ class Subscriber:
         return len(self.seen)
 
     def take(self, message: Message) -> None:
-        """Count it; a notice is no event."""
+        """Count it; a notice is no event, and a tombstone (without headers) takes a record away."""
         headers = header_texts(message)
+        if not headers:
+            return
         if headers["ce_type"] == ERASED:
             self.notices.append((message.partition() or 0, json.loads(message.value() or b"{}")))
             return

@@ -185,14 +185,13 @@ async def test_a_hold_on_what_is_gone_is_refused_and_one_within_the_grace_is_not
     assert (await plane.carry_out("hold", STREAM))["status"] == "done"
     await kit.seed(plane.database, "zeta", {"a": "C"})
     zeta = Scope.of_tenant("zeta")
-    shredded = await plane.carry_out("shred", zeta)
+    assert (await plane.carry_out("shred", zeta))["status"] == "inaccessible"
     assert (await plane.carry_out("hold", zeta))["error"]["code"] == "tenant_shredded"
-    await plane.database.execute(
-        "INSERT INTO quarantined_keys (command_id, tenant_id, generation, wrapped, until) VALUES ($1, 'zeta', 1, 'w', now())",
-        UUID(shredded["command_id"]),
-    )
-    assert (await plane.carry_out("hold", zeta))["status"] == "done"
-    assert len(await holds.overlapping(plane.database, zeta)) == 1
+    await kit.seed(plane.database, "eta", {"a": "C"})
+    eta = Scope.of_tenant("eta")
+    assert (await plane.carry_out("shred", eta, options={"grace": "1h"}))["status"] == "inaccessible"
+    assert (await plane.carry_out("hold", eta))["status"] == "done"
+    assert len(await holds.overlapping(plane.database, eta)) == 1
 
 
 class Race:
