@@ -34,6 +34,7 @@ from sidecar.kafka.receipts import Outgoing, ReceiptPublisher, ViewWriter
 from sidecar.keys import KeyManagement
 from sidecar.kms import check_identity, open_for
 from sidecar.ledger import Ledger, LedgerGate
+from sidecar.ledger_replay import answer_asked
 from sidecar.notices import Notices
 from sidecar.ports import Clock
 from sidecar.postgres import audit, commands, guard, migrations
@@ -400,6 +401,7 @@ class ControlPlane:
             "clean_up": (CLEAN_UP_SECONDS, self._clean_up_what_is_due),
             "checkpoint": (duration_ms(self._settings.audit.checkpoint_every) / 1000, self._checkpoints.sign),
             "residue": (POLL_SECONDS, self._look_at_residue),
+            "ledger": (POLL_SECONDS, lambda: answer_asked(self._pool, self._clock)),
             "certify": (CERTIFY_SECONDS, self._evidence.issue),
         }
 

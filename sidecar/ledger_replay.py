@@ -14,10 +14,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from sidecar import telemetry
 from sidecar.core import dsse
+from sidecar.core.audit import scope_ref
 from sidecar.core.errors import CommandRejected, ConfigurationError, LedgerBehind, MalformedEnvelope, StoreUnavailable
 from sidecar.core.ledger import Entry, parse_entry
 from sidecar.kafka.ledger import LedgerRecord, LedgerTopic
 from sidecar.ledger import LedgerGate, entry_id_of, key_of, parse_envelope
+from sidecar.ports import Clock
 from sidecar.postgres import audit, guard, ledger, replays, shreds
 from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.settings import Settings
@@ -166,3 +168,16 @@ class LedgerReplay:
             await asyncio.to_thread(self._topic.publish, [(key_of(self._deployment, row.entry_id), row.envelope) for row in missing])
         await ledger.mark_published(connection, [row.seq for row in missing])
         return len(missing)
+
+
+async def answer_asked(pool: Pool, clock: Clock) -> None:
+    """Scopes that came up for the first time since a restore: what the ledger says of them is applied, and the data plane goes on."""
+    async with transaction(pool) as connection:
+        asked = await replays.asked(connection)
+    for scope in asked:
+        async with transaction(pool) as connection:
+            if await replays.answer(connection, scope):
+                details = {"scope": {"kind": scope.kind.value, "ref": scope_ref(scope).hex()}}
+                await audit.append(
+                    connection, writer=WRITER, at=clock.now(), action="ledger.adopt", actor=WRITER, tenant=scope.tenant, details=details
+                )

@@ -77,7 +77,7 @@ class Streams:
         rows = await self.store.tenants(names)
         found = {row["tenant_id"]: row for row in rows}
         if len(found) < len(names):
-            await self.store.adopt(tenants=[name for name in names if name not in found])
+            await self.store.ask_the_ledger(tenants=[name for name in names if name not in found])
         for name in names:
             row, raw = found.get(name), name.encode()
             self.tenants[raw] = Tenant(
@@ -107,7 +107,7 @@ class Streams:
         plans: list[tuple[Touch, Stream, Encrypt]] = []
         foretold = [scope for touch in touches for scope in _foretold(touch, rows[touch.tenant.id, touch.stream])]
         if foretold:
-            await self.store.adopt(scopes=foretold)
+            await self.store.ask_the_ledger(scopes=foretold)
         for touch in touches:
             row = rows[touch.tenant.id, touch.stream]
             stream, decision = self._plan(touch, row, policies)
@@ -173,7 +173,7 @@ class Streams:
             if row["key_id"] is not None:
                 found[Scope(tenant=tenant_id, kind=ScopeKind.SUBJECT, id=name)] = _Found(dek_row(row), row["uses_reserved"], None)
         if foretold := [Scope(tenant=tenant, kind=ScopeKind.SUBJECT, id=name) for (tenant, name), row in rows.items() if row["foretold"]]:
-            await self.store.adopt(scopes=foretold)
+            await self.store.ask_the_ledger(scopes=foretold)
         for tenant, name, suite in asked:
             subject = Subject(name, "scope_erased" if rows[tenant.id, name]["erased"] else None, None)
             if subject.refusal is None:

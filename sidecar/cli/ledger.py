@@ -84,7 +84,7 @@ async def _status(here: Cli) -> dict[str, Any]:
             await LedgerGate(topic, here.settings.deployment).check(connection)
         except LedgerBehind as error:
             reason = str(error)
-        waiting = len(await ledger.unpublished(connection))
+        waiting = await ledger.count_unpublished(connection)
     return {
         "serves": reason is None,
         "reason": reason,

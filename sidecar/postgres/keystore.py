@@ -110,16 +110,20 @@ class KeyStore:
         wanted = [ref for ref in refs if ref[2] <= MAX_VERSION]
         return await self.fetch(_KEYS, [t for t, _, _ in wanted], [k for _, k, _ in wanted], [v for _, _, v in wanted])
 
-    async def adopt(self, tenants: Sequence[str] = (), scopes: Iterable[Scope] = ()) -> None:
-        """Names that this database hears for the first time, of which the ledger may know more (replays.py): if it does, they become what
-        it says, and StoreUnavailable is raised: read again."""
+    async def ask_the_ledger(self, tenants: Sequence[str] = (), scopes: Iterable[Scope] = ()) -> None:
+        """Names that this database hears for the first time since it was restored, and of which the ledger may know more (replays.py).
+
+        Raises StoreUnavailable if it does, until the control plane has applied what it says: read again.
+        """
         async with transaction(self._pool) as connection:
-            foretold = await replays.foretold_tenants(connection, list(tenants)) if tenants else []
-            for tenant in foretold:
-                await replays.adopt_tenant(connection, tenant)
-            adopted = [await replays.adopt(connection, scope) for scope in scopes]
-        if foretold or any(adopted):
-            raise StoreUnavailable("the ledger knew of a scope that came up for the first time since the restore; what it says holds now")
+            found = [Scope.of_tenant(name) for name in await replays.foretold_tenants(connection, list(tenants))] if tenants else []
+            found += scopes
+            if found:
+                await replays.ask(connection, found)
+        if found:
+            raise StoreUnavailable(
+                "the ledger has entries of a scope that came up for the first time since the restore: the control plane applies them"
+            )
 
     async def policies(self, unmatched: Unmatched) -> PolicySet:
         with mapped():

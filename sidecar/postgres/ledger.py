@@ -45,7 +45,8 @@ async def server(connection: Connection) -> Server | None:
             """SELECT (SELECT system_identifier::text FROM pg_control_system()) AS system_identifier,
                  CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END AS timeline,
                  pg_postmaster_start_time()::text AS started,
-                 (SELECT oid FROM pg_database WHERE datname = current_database()) || '/' || pg_relation_filenode('ledger') AS contents"""
+                 concat_ws('/', (SELECT oid FROM pg_database WHERE datname = current_database()),
+                   (SELECT string_agg(pg_relation_filenode(oid)::text, ',' ORDER BY oid) FROM pg_class WHERE relname = 'ledger' AND relkind = 'r')) AS contents"""
         )
     assert row is not None  # noqa: S101 (a query of constants)
     if row["timeline"] is None:
@@ -106,6 +107,11 @@ async def unpublished(connection: Connection) -> list[Waiting]:
     with mapped():
         rows = await connection.fetch("SELECT seq, entry_id, envelope FROM ledger WHERE published_at IS NULL ORDER BY seq LIMIT 500")
     return [Waiting(**dict(row)) for row in rows]
+
+
+async def count_unpublished(connection: Connection) -> int:
+    with mapped():
+        return int(await connection.fetchval("SELECT count(*) FROM ledger WHERE published_at IS NULL") or 0)
 
 
 async def mark_published(connection: Connection, seqs: list[int]) -> None:

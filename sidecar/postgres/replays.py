@@ -1,8 +1,8 @@
 """What an entry of the ledger does to a database that lacks it, as SQL. In the caller's transaction.
 
 An entry names its scope by pseudonym. A scope that the database knows is found by computing the pseudonyms of those that it has; one that it
-does not know (yet) is kept in `erased_refs`, and `adopt` applies its entries when it shows its name, before anything of it is accepted.
-A tenant that it does not know is found by its entries in `ledger`.
+does not know (yet) is kept in `erased_refs`, and `adopt` applies its entries when it shows its name, before anything of it is accepted:
+the data plane asks (`foretold`) and waits, the control plane answers. A tenant that it does not know is found by its entries in `ledger`.
 """
 
 from collections.abc import Iterable
@@ -129,17 +129,46 @@ async def foretold_tenants(connection: Connection, tenants: list[str]) -> list[s
     return [row["t"] for row in rows]
 
 
-async def adopt_tenant(connection: Connection, tenant: str) -> None:
-    """Make a tenant that shows its name what the ledger says it is. Nothing, if somebody else did."""
+async def ask(connection: Connection, scopes: list[Scope]) -> None:
+    """The data plane's part: it may make no fence, and take none away."""
+    with mapped():
+        await connection.executemany(
+            "INSERT INTO foretold (tenant_id, scope_kind, scope_id) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+            [(scope.tenant, scope.kind.value, scope.id) for scope in scopes],
+        )
+
+
+async def asked(connection: Connection) -> list[Scope]:
+    """Tenants first."""
+    with mapped():
+        rows = await connection.fetch("SELECT * FROM foretold ORDER BY scope_kind <> 'tenant', asked_at LIMIT 1000")
+    return [Scope(tenant=row["tenant_id"], kind=ScopeKind(row["scope_kind"]), id=row["scope_id"]) for row in rows]
+
+
+async def answer(connection: Connection, scope: Scope) -> bool:
+    """The control plane's: apply what the ledger says of the scope. False if that was done."""
+    with mapped():
+        await connection.execute(
+            "DELETE FROM foretold WHERE tenant_id = $1 AND scope_kind = $2 AND scope_id = $3", scope.tenant, scope.kind.value, scope.id
+        )
+    if scope.kind is ScopeKind.TENANT:
+        return await adopt_tenant(connection, scope.tenant)
+    await shreds.lock_tenant(connection, scope.tenant)
+    return await adopt(connection, scope)
+
+
+async def adopt_tenant(connection: Connection, tenant: str) -> bool:
+    """Make a tenant that shows its name what the ledger says it is. False, if it is there."""
     with mapped():
         made = await connection.execute("INSERT INTO tenants (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING", tenant)
     if str(made) != "INSERT 0 1":
-        return
+        return False
     for entry in await _entries_of(connection, tenant):
         if entry.kind is ScopeKind.TENANT:
             await apply(connection, entry, Scope.of_tenant(tenant))
         else:
             await foretell(connection, entry)
+    return True
 
 
 async def adopt(connection: Connection, scope: Scope) -> bool:

@@ -22,10 +22,10 @@ ROLES: Final = ("data", "control", "reader", "migrator")
 
 DATA_READS = """tenants tenant_keys encryption_keys erased_scopes erased_refs encryption_policies policy_version streams stream_key_history
   source_topics messages partition_leases instances audit_log dead_letters refusals shred_barriers views seal_epochs ledger ledger_watermark
-  legal_holds policy_history consumer_checkpoints consumer_set_aside schema_migrations"""
+  legal_holds policy_history consumer_checkpoints consumer_set_aside schema_migrations foretold"""
 NOT_FOR_DATA = "quarantined_keys commands receipts residue certificates audit_checkpoints"
 _DATA_INSERTS = """tenants tenant_keys encryption_keys encryption_policies streams stream_key_history source_topics messages partition_leases
-  instances audit_log dead_letters refusals views seal_epochs policy_history consumer_checkpoints consumer_set_aside"""
+  instances audit_log dead_letters refusals views seal_epochs policy_history consumer_checkpoints consumer_set_aside foretold"""
 _DATA_UPDATES = {
     "encryption_keys": "is_active, retired_at, uses_reserved, used_outside",
     "streams": "position, is_encrypted, encrypted_from_position, encryption_key_id, encryption_algorithm, key_rotation_count, last_key_rotation",
@@ -40,7 +40,7 @@ _DATA_UPDATES = {
     "encryption_policies": "updated_at",
     "seal_epochs": "created_at",
 }
-_CONTROL_DELETES = "messages, quarantined_keys, residue, erased_refs, shred_barriers"
+_CONTROL_DELETES = "messages, quarantined_keys, residue, erased_refs, shred_barriers, foretold"
 _CONTROL_UPDATES_ONLY = {
     "audit_log": "",
     "schema_migrations": "",
@@ -50,7 +50,9 @@ _CONTROL_UPDATES_ONLY = {
     "audit_checkpoints": "published_at",
 }
 _CONTROL_MAINTAINS = "tenant_keys, encryption_keys, quarantined_keys"
-_HIDDEN = {"certificates": {"salt"}}
+_HIDDEN = {"certificates": {"salt"}, "ledger": {"envelope", "command_id", "tenant_ref"}}
+_FOR_ALL = {"ledger"}
+"""A reader of one tenant must see which entries the database has, or it would take it for one that lacks them."""
 _NOT_FOR_READERS = {"quarantined_keys"}
 
 _TENANT = "current_setting('sidecar.tenant', true)"
@@ -128,7 +130,9 @@ def _reader(role: str, owner: str, schema: str, tables: dict[str, list[str]]) ->
 
 def _view(role: str, schema: str, table: str, columns: list[str]) -> str:
     shown = ", ".join(f'"{column}"' for column in columns if column not in _HIDDEN.get(table, ()))
-    if "tenant_id" in columns:
+    if table in _FOR_ALL:
+        own = "true"
+    elif "tenant_id" in columns:
         shared = " OR t.tenant_id = '*'" if table == "encryption_policies" else " OR t.tenant_id IS NULL" if table == "seal_epochs" else ""
         own = f"({_TENANT} IN (t.tenant_id, '*'){shared})"
     elif "tenant_ref" in columns:

@@ -80,6 +80,7 @@ SHRED_STEPS = [
     "shred:fenced",
     "shred:released",  # instances fenced, no barrier yet
     "shred:barred",
+    "shred:in ledger",  # the entry is on its topic, the receipt is not written
     "shred:inaccessible",  # the receipt is written
     "shred:noticed",  # the notices are in Kafka, that is not recorded
     "published:inaccessible",

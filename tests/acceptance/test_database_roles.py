@@ -230,4 +230,20 @@ def test_a_role_that_may_not_make_roles_is_told_so(made: Roles) -> None:
     refused = made.world.cli("db", "roles", "--prefix", "x; DROP TABLE messages")
     assert refused.returncode == 2
     printed = made.world.cli("db", "roles", "--prefix", made.prefix, "--print").stdout.decode()
-    assert f"GRANT DELETE ON messages, quarantined_keys, residue, erased_refs, shred_barriers TO {made.prefix}_control;" in printed
+    assert f"GRANT DELETE ON messages, quarantined_keys, residue, erased_refs, shred_barriers, foretold TO {made.prefix}_control;" in printed
+
+
+def test_a_reader_of_one_tenant_is_not_told_that_the_database_lacks_what_befell_another(made: Roles) -> None:
+    """It sees of the ledger which entries there are, and nothing of what they say."""
+    world = made.world
+    world.run()
+    world.control()
+    fill(world)
+    assert world.json("shred", "--tenant", "zeta", "--reason", "r", "--yes", "--wait", "60")["status"] == "inaccessible"
+    document = json.loads(world.config.read_text())
+    document["postgres"]["dsn_reader"] = made.dsn("reader", f"search_path={made.prefix}_reader,public&sidecar.tenant=acme")
+    world.config.write_text(json.dumps(document))
+    assert {event["status"] for event in world.json("events", "list", "--tenant", "acme")} == {"ok"}
+    assert world.json("ledger", "status")["serves"]
+    (entry,) = made.as_("reader", "SELECT * FROM ledger", tenant="acme")
+    assert set(entry.keys()) == {"seq", "entry_id", "created_at", "published_at"}

@@ -172,6 +172,7 @@ def test_after_the_replay_every_shred_holds_and_everything_else_is_whole(shredde
 def test_what_was_readmitted_before_the_restore_takes_what_came_after_its_shred_and_nothing_before(shredded_since: World) -> None:
     world = shredded_since
     world.json("ledger", "replay")
+    world.control(wait=False)
     world.run()
     publish(world, b"last", gamma=("aes-1",), newer=("aes-1",))
     assert seen(world, "gamma", "aes-1") == ["erased", b"new", b"last"]
@@ -405,6 +406,7 @@ def test_a_person_and_a_class_that_the_backup_does_not_know_stay_erased(make_wor
     stop(control, data)
     restore(world)
     assert world.json("ledger", "replay")["applied"]["shred"] == 1
+    world.control(wait=False)
     world.run()
     world.event(world.topic("in"), b"jane 2", stream="aes-1", headers=jane)
     world.event(world.topic("in"), b"joe 2", stream="aes-1", headers=joe)

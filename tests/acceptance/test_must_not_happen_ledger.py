@@ -56,8 +56,8 @@ class Race:
         ledger = Ledger(pool, LedgerTopic(world.settings, admin), control_signer(world.settings), world.name)
         steps = Steps(pool, admin, clock, ledger)
         notices = Notices(pool, admin, ViewWriter(world.settings))
-        sealing = Sealing(pool, clock, open_kms(world.settings.kms.uri), world.settings.kms)
-        shredding = Shredding(world.settings, steps, notices, Residue(world.settings, steps, notices, lambda: sealing))
+        self.sealing = Sealing(pool, clock, open_kms(world.settings.kms.uri), world.settings.kms)
+        shredding = Shredding(world.settings, steps, notices, Residue(world.settings, steps, notices, lambda: self.sealing))
         self.flows: dict[str, Any] = {"shred": shredding, "rotate": Rotation(steps)}
         self._pool, self._inbox = pool, Inbox(world.settings, pool, clock, lambda: None)
 
@@ -321,6 +321,7 @@ def test_04_a_restored_data_directory_serves_nothing_of_a_shred_neither_before_n
             assert read_from(world, "acme", gate) == []
             assert read_from(world, "globex", gate) == [b"old"]
         waits.wait_ready()
+        world.control(wait=False)
         publish(world, b"new", "acme", "globex", "newco")
         publish(world, b"new", "globex", stream="aes-9")
         assert read_from(world, "acme", AsksNobody) == read_from(world, "newco", AsksNobody) == []
@@ -357,7 +358,7 @@ def test_05_a_readmitted_tenant_does_not_open_its_old_events_even_if_its_old_key
 
     async def act() -> None:
         async with race(world) as started:
-            started.flows["readmit"] = Readmission(started.flows["rotate"]._steps)
+            started.flows["readmit"] = Readmission(started.flows["rotate"]._steps, started.sealing.renew_dedicated)
             for op in ("shred", "readmit"):
                 walk = await started.accepted(op, ACME)
                 await walk.to_the_end()

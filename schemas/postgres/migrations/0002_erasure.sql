@@ -88,6 +88,10 @@ CREATE TABLE erased_refs (                       -- streams, classes and subject
   ref BYTEA PRIMARY KEY, tenant_ref BYTEA NOT NULL, scope_kind TEXT NOT NULL, command_id UUID NOT NULL, erased_at TIMESTAMPTZ NOT NULL
 );
 CREATE INDEX erased_refs_tenant ON erased_refs (tenant_ref, scope_kind);
+CREATE TABLE foretold (                          -- of those the ones whose name came up: the data plane asks, the control plane applies the entries
+  tenant_id TEXT NOT NULL, scope_kind TEXT NOT NULL, scope_id TEXT NOT NULL, asked_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+  PRIMARY KEY (tenant_id, scope_kind, scope_id)
+);
 -- The pseudonyms of core/audit.py: the first 16 bytes of SHA-256 over the parts, each behind its length.
 CREATE FUNCTION lp(part TEXT) RETURNS BYTEA LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
   RETURN int4send(length(convert_to(part, 'UTF8'))) || convert_to(part, 'UTF8');
