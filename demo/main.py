@@ -264,6 +264,7 @@ class Demo:
             check(rows and all(row["status"] == "ok" for row in rows), f"events of {other} do not read")
             stage.ok(f"{other} is untouched: its events read as before")
             self._scan(tenant)
+            self._certificate(receipt)
 
     def _reads_as_erased(self, tenant: str, receipt: dict[str, Any]) -> None:
         rows = self._list(tenant)
@@ -286,6 +287,23 @@ class Demo:
         check(not hits, f"the scan finds sensitive text of {tenant} {hits} times in the database files")
         self.stage.ok(f"{files} database files with WAL, {size / 2**20:,.0f} MB: none of its sensitive text;")
         self.stage.say("", f"of a tenant without encryption yet, the same scan finds it ({control} times)")
+
+    def _certificate(self, receipt: dict[str, Any]) -> None:
+        """What an auditor gets: it verifies with a public key alone, and not after one byte was changed."""
+        stage, file, key = self.stage, self.stage.dir / "certificate.json", self.stage.dir / "keys" / "control-signing.pub"
+        command = str(receipt["command_id"])
+        stage.until(lambda: stage.sidecar("evidence", "list", "--command", command), 30, "the certificate of the shred")
+        stage.sidecar("evidence", "get", command, "--output", str(file), "--with-salt")
+        found = stage.sidecar("evidence", "verify", str(file), "--key", str(key))
+        check(found["verified"] is True, "the certificate does not verify")
+        decrypts = found["certificate"]["sampled"]
+        raw = file.read_bytes()
+        forged = stage.dir / "forged.json"
+        forged.write_bytes(raw[:200] + bytes([raw[200] ^ 1]) + raw[201:])
+        refused = stage.exit_code("evidence", "verify", str(forged), "--key", str(key))
+        check(refused == 1, f"a certificate with one byte changed is not refused (exit {refused})")
+        stage.ok(f"a signed certificate, checked with a public key alone: {decrypts['failed']} of {decrypts['attempted']} sampled decrypts failed;")
+        stage.say("", "with one byte changed it does not verify")
 
     # ── 7 ──────────────────────────────────────────────────────────────────────
 

@@ -128,6 +128,12 @@ class Stage:
         check(child.returncode == 0, f"`sidecar {' '.join(arguments)}` exits with {child.returncode}: {last}")
         return json.loads(out) if out else None
 
+    def exit_code(self, *arguments: str) -> int:
+        """Of a command that is expected to refuse."""
+        with self._shield():
+            child = self._popen((*arguments, "-o", "json"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return child.wait(90)
+
     def end(self, child: subprocess.Popen[bytes], number: int, seconds: float = 20) -> int:
         """-> its exit code. No zombie is left, and `look` no longer minds it."""
         with self._shield():
