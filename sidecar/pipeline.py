@@ -17,7 +17,7 @@ from sidecar.core.envelope import NO_FIELD, Sealer, event_aad
 from sidecar.core.errors import Conflict, KeyUnavailable, RecordError, SidecarError, Unavailable
 from sidecar.core.extract import Extractor
 from sidecar.core.policy import Classifier, PolicySet
-from sidecar.core.streams import SealingKey, Stream, Tenant, Touch
+from sidecar.core.streams import Stream
 from sidecar.core.view import attributes, frame
 from sidecar.dead_letters import DeadLetters
 from sidecar.event_store import Ciphers
@@ -28,6 +28,7 @@ from sidecar.kafka.producer import Outgoing, TooLarge, TransactionalProducer
 from sidecar.ledger import LedgerGate
 from sidecar.partitions import Claim, Partitions
 from sidecar.persons import Persons
+from sidecar.placement import Placement
 from sidecar.ports import Clock
 from sidecar.postgres.batches import GuardSession, Refusal, TenantStates
 from sidecar.postgres.errors import Fenced
@@ -36,7 +37,7 @@ from sidecar.replay import Replay
 from sidecar.settings import Settings
 from sidecar.streams import Streams
 from sidecar.views import Views, project
-from sidecar.work import Item, Redo, Work
+from sidecar.work import Redo, Work
 
 FLUSH_EVERY_BATCHES = 20
 BACKOFF_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -70,7 +71,7 @@ class Pipeline:
         letters = ports.settings.dead_letters
         self._intake = Intake(ports.settings.limits, ports.extractor_of, ports.streams)
         self._dead_letters = DeadLetters(ports.streams, letters.topic, ports.dead_letter_partitions)
-        self._persons = Persons(ports.streams)
+        self._placement = Placement(ports.streams, ports.classifier, Persons(ports.streams), self._dead_letters)
         self._replay = Replay(ports.streams, ports.new_ciphers, ports.views, self._dead_letters)
         self.partitions = Partitions(ports.claim)
         self.ready = (False, "starting")
@@ -290,70 +291,12 @@ class Pipeline:
             self._policies = await self.ports.load_policies()
         work = Work(batch, self._voids, policy_version=self._policies.version)
         await self._intake.parse(work, self.partitions.owned)
-        await self._resolve(work, self._policies)
+        await self._placement.place(work, self._policies)
         if work.replays:
             await self._replay.load(work)
         await self._seal(work)
         telemetry.batch_seconds.labels("seal").observe(perf_counter() - started)
         return work
-
-    async def _resolve(self, work: Work, policies: PolicySet) -> None:
-        """Tenants, streams and keys of the batch that are not in hand."""
-        streams = self.ports.streams
-        held = streams.tenants
-        unknown = {item.tenant for item in work.items if item.tenant not in held}
-        unknown |= {f.tenant.encode() for f in work.faulty if f.tenant and f.tenant.encode() not in held}
-        if unknown:
-            await streams.load_tenants(sorted(raw.decode() for raw in unknown))
-        touches: dict[tuple[bytes, bytes], Touch] = {}
-        unplaced: list[Item] = []
-        for item in work.items:
-            tenant = held[item.tenant]
-            if tenant.id not in work.tenants:
-                work.tenants[tenant.id] = tenant
-                if not tenant.exists:
-                    work.fresh.tenants.append(tenant.id)
-                    tenant.exists = True  # staged: discarded with the batch
-            if tenant.refusal_of(item.lease.source_id, item.lease.partition, item.offset, None) is None:
-                item.place = streams.find(tenant, item.stream)
-                if item.place is None:
-                    unplaced.append(item)
-                    if (item.tenant, item.stream) not in touches:
-                        touches[item.tenant, item.stream] = self._touch(tenant, item)
-        if work.faulty:
-            touches = await self._dead_letters.touches(work) | touches
-        if touches:
-            await streams.load_streams(list(touches.values()), policies, work.fresh)
-            for item in unplaced:
-                item.place = streams.find(held[item.tenant], item.stream)
-        await self._make_room(work)
-        for fault in work.faulty:
-            await self._dead_letters.add(work, fault)
-
-    async def _make_room(self, work: Work) -> None:
-        """Each key that the batch seals with may seal as often as it will, or has a successor from here on."""
-        needs: dict[SealingKey, int] = {}
-        personal: list[Item] = []
-        for item in work.items:
-            stream = item.place
-            if stream is None or stream.refusal is not None:
-                continue
-            if stream.key is not None:
-                needs[stream.key] = needs.get(stream.key, 0) + 1
-            elif stream.by_subject is not None:
-                personal.append(item)
-        keys = await self._persons.resolve(work, personal) if personal else []
-        if work.faulty:
-            keys += await self._dead_letters.keys(work)
-        for key in keys:
-            needs[key] = needs.get(key, 0) + 1
-        self.ports.streams.make_room(needs, work.fresh)
-
-    def _touch(self, tenant: Tenant, item: Item) -> Touch:
-        stream = item.stream.decode()
-        by_name = dict(item.headers)
-        stream_class = self.ports.classifier.classify(topic=item.lease.topic, type=item.type_lp[4:].decode(), stream=stream, headers=by_name)
-        return Touch(tenant, item.stream, stream, stream_class)
 
     async def _seal(self, work: Work) -> None:
         """Positions, envelopes, rows and view records, in the order of the records."""
