@@ -26,6 +26,8 @@ from sidecar.event_store import EventStore
 from sidecar.evidence import Evidence
 from sidecar.holds import Holding, Releasing
 from sidecar.inbox import Backoff, Inbox, log_status, schedule_rotations
+from sidecar.jobs import Jobs
+from sidecar.kafka import jobs as jobs_topic
 from sidecar.kafka import journal
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.client import ProducerFenced
@@ -130,7 +132,8 @@ class Executor:
                 return await self._give_up(before, error, "rejected", command)
             if job.step in ("inaccessible", FINISHED):
                 self._wake_outbox()
-        self._settled(job, "inaccessible" if job.op == "shred" and not command.dry_run else "done")
+        status = {"shred": "done" if command.dry_run else "inaccessible", "reencrypt": "accepted"}.get(job.op, "done")
+        self._settled(job, status)
 
     def _flow(self, job: Job) -> Flow:
         if job.op not in self._flows:
@@ -354,11 +357,13 @@ class ControlPlane:
         steps = Steps(self._pool, self._admin, self._clock, ledger)
         notices = Notices(self._pool, self._admin, self._writer)
         self._residue = Residue(self._settings, steps, notices, self._sealing)
+        self._jobs = Jobs(self._settings, steps)
         flows: dict[str, Flow] = {
             "shred": Shredding(self._settings, steps, notices, self._residue),
             "rotate": Rotation(steps),
             "hold": Holding(steps),
             "release": Releasing(steps),
+            "reencrypt": self._jobs,
             "readmit": Readmission(steps, self._sealing().renew_dedicated),
         }
         self._outbox = Outbox(self._pool, ReceiptPublisher(self._settings))
@@ -402,11 +407,16 @@ class ControlPlane:
             "checkpoint": (duration_ms(self._settings.audit.checkpoint_every) / 1000, self._checkpoints.sign),
             "residue": (POLL_SECONDS, self._look_at_residue),
             "ledger": (POLL_SECONDS, lambda: answer_asked(self._pool, self._clock)),
+            "jobs": (POLL_SECONDS, self._follow_up_jobs),
             "certify": (CERTIFY_SECONDS, self._evidence.issue),
         }
 
     async def _look_at_residue(self) -> None:
         await self._residue.work()
+        self._wake_outbox()
+
+    async def _follow_up_jobs(self) -> None:
+        await self._jobs.follow_up()
         self._wake_outbox()
 
     async def _rotate_what_is_due(self) -> None:
@@ -440,6 +450,7 @@ def create_topics(admin: Admin, settings: Settings) -> None:
         control.receipts: (4, journal.FOR_EVER),
         control.ledger: (PARTITIONS, CONFIG),
         settings.audit.topic: (1, journal.FOR_EVER),
+        settings.jobs.topic: (settings.jobs.partitions, jobs_topic.CONFIG),
     }
     present = admin.describe(wanted)
     for topic, (partitions, config) in wanted.items():

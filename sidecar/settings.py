@@ -317,6 +317,15 @@ class BackupSettings(_Section):
     wal_days: int | None = Field(default=None, ge=0)
 
 
+class JobSettings(_Section):
+    topic: str = "sidecar.jobs"
+    """Chunks of long jobs, for `sidecar worker`."""
+    partitions: int = Field(default=8, ge=1)
+    """How many workers can share the work at most."""
+    max_rows_per_second: int | None = Field(default=None, ge=1)
+    """Of each worker; nothing said: as fast as it goes."""
+
+
 class DeadLetterSettings(_Section):
     topic: str = "sidecar.dead-letters"
 
@@ -363,6 +372,7 @@ class Settings(_Section):
     control: ControlSettings = ControlSettings()
     audit: AuditSettings = AuditSettings()
     dead_letters: DeadLetterSettings = DeadLetterSettings()
+    jobs: JobSettings = JobSettings()
     backups: BackupSettings = BackupSettings()
     batch: BatchSettings = BatchSettings()
     limits: LimitSettings = LimitSettings()

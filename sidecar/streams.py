@@ -124,6 +124,8 @@ class Streams:
         decision = policies.decide(touch.tenant.id, stream_class)
         if row["is_encrypted"] and not isinstance(decision, Encrypt):
             decision = Encrypt(Suite.AES_256_GCM, ScopeKind.STREAM)  # once encrypted, encrypted for good
+        if row["own_key"] and isinstance(decision, Encrypt) and decision.key_scope in (ScopeKind.CLASS, ScopeKind.TENANT):
+            decision = Encrypt(decision.suite, ScopeKind.STREAM)
         refusal = "scope_erased" if row["erased"] or stream_class in touch.tenant.erased_classes else None
         if refusal is None and isinstance(decision, Refuse):
             refusal = "policy_refuse"

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sidecar.core.errors import ConfigurationError
-from sidecar.kafka import ledger
+from sidecar.kafka import jobs, ledger
 from sidecar.kafka.admin import Admin
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
@@ -19,6 +19,7 @@ def wanted(settings: Settings) -> dict[str, tuple[int, dict[str, str]]]:
     out[settings.control.receipts] = (1, forever)
     out[settings.control.ledger] = (ledger.PARTITIONS, dict(ledger.CONFIG))
     out[settings.audit.topic] = (1, forever)
+    out[settings.jobs.topic] = (settings.jobs.partitions, dict(jobs.CONFIG))
     out[settings.dead_letters.topic] = (1, {"cleanup.policy": "delete", "retention.ms": "2592000000"})
     return out
 

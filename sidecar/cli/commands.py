@@ -1,4 +1,4 @@
-"""`sidecar rotate`, `shred`, `hold`, `release` and `readmit`: commands to the control plane."""
+"""`sidecar rotate`, `shred`, `hold`, `release`, `readmit` and `reencrypt`: commands to the control plane."""
 
 import sys
 from typing import Annotated
@@ -14,7 +14,7 @@ from sidecar.postgres.connection import connected
 
 
 def add_to(app: typer.Typer) -> None:
-    for command in (rotate, shred, hold, release, readmit):
+    for command in (rotate, shred, hold, release, readmit, reencrypt):
         app.command()(command)
 
 
@@ -120,6 +120,27 @@ def readmit(
     scope = scope_of(tenant, stream, stream_class, subject)
     options = {"restore": True} if restore else {}
     return send(cli(context), "readmit", scope, reason=reason, requested_by=requested_by, ticket=ticket, key=key, out=out, wait=wait, options=options)
+
+
+def reencrypt(
+    context: typer.Context,
+    tenant: Tenant,
+    reason: Reason,
+    stream: Stream = None,
+    stream_class: Class = None,
+    split: Annotated[bool, typer.Option("--split", help="Off a shared key: each stream gets one of its own, and can be shredded alone.")] = False,
+    wait: Wait = None,
+    requested_by: RequestedBy = None,
+    ticket: Ticket = None,
+    key: Key = None,
+    out: Out = None,
+) -> int:
+    """Seal stored events anew, in place, under the keys and the algorithm that new events get; `sidecar worker` does it."""
+    scope = scope_of(tenant, stream, stream_class, None)
+    options = {"split": True} if split else {}
+    return send(
+        cli(context), "reencrypt", scope, reason=reason, requested_by=requested_by, ticket=ticket, key=key, out=out, wait=wait, options=options
+    )
 
 
 def _holder(here: Cli, hold_id: UUID | None) -> str:

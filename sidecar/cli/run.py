@@ -31,6 +31,16 @@ def add_to(app: typer.Typer) -> None:
 
         _run(run_control_plane(cli(context).settings))
 
+    @app.command()
+    def worker(
+        context: typer.Context,
+        instance_id: Annotated[str, typer.Option(help="How it is named in the audit trail. The host's name by default.")] = "",
+    ) -> None:
+        """Works off re-encryptions. Any number of them, anywhere; each takes its share."""
+        from sidecar.faust_apps import run_worker
+
+        _run(run_worker(cli(context).settings, instance_id or socket.gethostname()))
+
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
     if sys.platform == "win32":

@@ -54,6 +54,7 @@ class _OptionsV1(_Strict):
     split: bool = False
     hold_id: UUID | None = None
     restore: bool = False
+    plain: bool = False
 
 
 class _CommandV1(_Strict):
@@ -74,7 +75,8 @@ class Command:
     """What is to be done to which scope, checked.
 
     `older_than` is the rotation timer's: only keys made before it. `grace_seconds` of a shred delays what is irreversible, never what makes
-    data inaccessible; None: the command says nothing, the configuration decides. `split` of a shred: shared keys are taken apart first.
+    data inaccessible; None: the command says nothing, the configuration decides. `split` of a re-encryption: the scope's streams get keys of their own.
+    `plain` of a re-encryption: plain events too, where policy encrypts.
     `hold_id` of a release: just this hold; None: all holds on the scope. `restore` of a readmission: with the old keys, within the shred's grace.
     """
 
@@ -92,6 +94,7 @@ class Command:
     split: bool = False
     hold_id: UUID | None = None
     restore: bool = False
+    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,6 +246,7 @@ def _command(body: _CommandV1) -> Command:
         split=body.options.split,
         hold_id=body.options.hold_id,
         restore=body.options.restore,
+        plain=body.options.plain,
     )
 
 

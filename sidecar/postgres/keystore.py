@@ -26,7 +26,7 @@ WHERE t.tenant_id = ANY ($1)"""
 
 # The head is messages' primary key, the truth; streams.position is a hint that may lag but never leads.
 _STREAMS = """
-SELECT x.t AS tenant_id, x.s AS stream_id, st.stream_type_class, st.is_encrypted, st.encryption_key_id,
+SELECT x.t AS tenant_id, x.s AS stream_id, st.stream_type_class, st.is_encrypted, st.encryption_key_id, st.own_key,
   greatest(coalesce(st.position, 0), coalesce((SELECT m.stream_position FROM messages m
     WHERE m.tenant_id = x.t AND m.stream_id = x.s ORDER BY m.stream_position DESC LIMIT 1), 0)) AS head,
   h.key_id AS last_key_id, h.key_version AS last_key_version,

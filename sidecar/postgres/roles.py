@@ -23,7 +23,7 @@ ROLES: Final = ("data", "control", "reader", "migrator")
 DATA_READS = """tenants tenant_keys encryption_keys erased_scopes erased_refs encryption_policies policy_version streams stream_key_history
   source_topics messages partition_leases instances audit_log dead_letters refusals shred_barriers views seal_epochs ledger ledger_watermark
   legal_holds policy_history consumer_checkpoints consumer_set_aside schema_migrations foretold"""
-NOT_FOR_DATA = "quarantined_keys commands receipts residue certificates audit_checkpoints"
+NOT_FOR_DATA = "jobs quarantined_keys commands receipts residue certificates audit_checkpoints"
 _DATA_INSERTS = """tenants tenant_keys encryption_keys encryption_policies streams stream_key_history source_topics messages partition_leases
   instances audit_log dead_letters refusals views seal_epochs policy_history consumer_checkpoints consumer_set_aside foretold"""
 _DATA_UPDATES = {
@@ -40,7 +40,7 @@ _DATA_UPDATES = {
     "encryption_policies": "updated_at",
     "seal_epochs": "created_at",
 }
-_CONTROL_DELETES = "messages, quarantined_keys, residue, erased_refs, shred_barriers, foretold"
+_CONTROL_DELETES = "messages, stream_key_history, quarantined_keys, residue, erased_refs, shred_barriers, foretold"
 _CONTROL_UPDATES_ONLY = {
     "audit_log": "",
     "schema_migrations": "",

@@ -29,7 +29,7 @@ def key_history_faults(world: World) -> list[str]:
         ranges.setdefault((row["tenant_id"], row["stream_id"]), []).append(found)
     faults = [f"{at}: ranges without an event" for at in ranges.keys() - events.keys()]
     for at, of in events.items():
-        own = [r for r in ranges.get(at, []) if kinds.get(r[:2]) != "subject"]
+        own = joined([r for r in ranges.get(at, []) if kinds.get(r[:2]) != "subject"])
         if own != (runs := runs_of(of)):
             faults.append(f"{at}: ranges {readable(own)}, events {readable(runs)}")
         faults += [f"{at}: {fault}" for fault in persons_faults([r for r in ranges.get(at, []) if kinds.get(r[:2]) == "subject"], of)]
@@ -46,6 +46,18 @@ def runs_of(events: list[tuple[int, UUID, int, bool]]) -> list[Range]:
     if found and found[-1][3] == events[-1][0]:
         found[-1] = (*found[-1][:3], None)
     return found
+
+
+def joined(ranges: list[Range]) -> list[Range]:
+    """Two ranges of one version, side by side, say what one says: a writer that begins behind events that were sealed anew makes the second."""
+    out: list[Range] = []
+    for key, version, first, last in ranges:
+        before = out[-1] if out else None
+        if before is not None and before[:2] == (key, version) and before[3] is not None and before[3] + 1 == first:
+            out[-1] = (*before[:3], last)
+        else:
+            out.append((key, version, first, last))
+    return out
 
 
 def persons_faults(rows: list[Range], events: list[tuple[int, UUID, int, bool]]) -> list[str]:

@@ -380,6 +380,7 @@ def build(
         "control": {"topic": f"{name}.control", "receipts": f"{name}.receipts", "ledger": f"{name}.ledger", "allow_unsigned": True},
         "audit": {"topic": f"{name}.audit", "checkpoint_every": "500ms"},
         "dead_letters": {"topic": f"{name}.dead"},
+        "jobs": {"topic": f"{name}.jobs"},
         "http": {"port": 0},
     }
     config = kit.write_config(folder, document | changes)

@@ -1,0 +1,43 @@
+"""`sidecar streams`: existing streams."""
+
+from typing import Annotated
+
+import typer
+
+from sidecar.cli.context import Exit, cli, fail, run_async
+from sidecar.cli.sending import Key, Reason, RequestedBy, Ticket, Wait, scope_of, send
+from sidecar.postgres.connection import connected
+
+app = typer.Typer(help="Streams that are there already.", no_args_is_help=True)
+
+
+@app.command()
+def encrypt(
+    context: typer.Context,
+    stream_class: Annotated[str, typer.Option("--class", help="The class; a policy must encrypt it by now, or nothing is done.")],
+    reason: Reason,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's; else a command for each tenant that has such streams.")] = None,
+    wait: Wait = None,
+    requested_by: RequestedBy = None,
+    ticket: Ticket = None,
+    key: Key = None,
+) -> int:
+    """Seal the plain events of a class in place; `sidecar worker` does it. Run VACUUM on `messages` afterwards: until then their old rows are on disk."""
+    here = cli(context)
+
+    async def tenants() -> list[str]:
+        async with connected(here.settings.postgres.for_role("reader"), application_name="sidecar cli") as connection:
+            rows = await connection.fetch("SELECT DISTINCT tenant_id FROM streams WHERE stream_type_class = $1 ORDER BY 1", stream_class)
+        return [row["tenant_id"] for row in rows]
+
+    names = [tenant] if tenant else run_async(tenants())
+    if not names:
+        fail(f"there is no stream of class {stream_class}")
+    worst = 0
+    for name in names:
+        scope = scope_of(name, None, stream_class, None)
+        done = send(
+            here, "reencrypt", scope, reason=reason, requested_by=requested_by, ticket=ticket, key=key, out=None, wait=wait, options={"plain": True}
+        )
+        worst = max(worst, done)
+    return Exit(worst)

@@ -1,0 +1,209 @@
+"""Chunks of long jobs, and what re-encryption reads and writes, as SQL. In the caller's transaction."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from sidecar.core.history import Range
+from sidecar.core.model import Scope, ScopeKind
+from sidecar.postgres.connection import Connection
+from sidecar.postgres.errors import mapped
+
+STREAMS_PER_CHUNK: Final = 20
+_OF_SCOPE: Final = {
+    ScopeKind.TENANT: "$2::text IS NOT NULL",
+    ScopeKind.CLASS: "s.stream_type_class = $2",
+    ScopeKind.STREAM: "s.stream_id = $2",
+    ScopeKind.SUBJECT: "false",
+}
+# As in row order of the primary key from behind: what is sealed anew meanwhile stands no more in the way.
+_ROWS: Final = """
+SELECT m.stream_position, m.message_id, m.message_type, m.schema_version, m.data, m.data_encrypted, m.metadata, m.is_tombstone
+FROM messages m WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position < $3
+  AND CASE WHEN m.data_encrypted IS NULL THEN $5 ELSE substring(m.data_encrypted FOR 25) <> $4 END
+ORDER BY m.stream_position DESC LIMIT $6"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Streams of a tenant to be sealed under their present keys; `plain`: their plain events too."""
+
+    command_id: UUID
+    chunk: int
+    tenant: str
+    streams: list[str]
+    plain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Events: sealed anew; and left as they are, since they do not open, are a person's, or their scope is refused."""
+
+    resealed: int = 0
+    left: int = 0
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.resealed + other.resealed, self.left + other.left)
+
+
+async def plan(connection: Connection, command_id: UUID, scope: Scope, *, plain: bool) -> int:
+    """Cut the scope's streams into chunks; -> how many."""
+    with mapped():
+        done = await connection.execute(
+            f"""INSERT INTO jobs (command_id, chunk, tenant_id, streams, plain)
+                SELECT $3, n / {STREAMS_PER_CHUNK}, $1, array_agg(stream_id ORDER BY n), $4
+                FROM (SELECT s.stream_id, (row_number() OVER (ORDER BY s.stream_id) - 1)::int AS n FROM streams s
+                      WHERE s.tenant_id = $1 AND {_OF_SCOPE[scope.kind]} AND (s.is_encrypted OR $4)) x
+                GROUP BY n / {STREAMS_PER_CHUNK} ON CONFLICT DO NOTHING""",  # noqa: S608 (constants)
+            scope.tenant, scope.id, command_id, plain,
+        )  # fmt: skip
+    return int(done.rpartition(" ")[2])
+
+
+async def split_off(connection: Connection, scope: Scope) -> int:
+    """From the next epoch on the scope's streams are sealed under keys of their own; -> how many were not before."""
+    with mapped():
+        done = await connection.execute(
+            f"UPDATE streams s SET own_key = true WHERE s.tenant_id = $1 AND {_OF_SCOPE[scope.kind]} AND NOT s.own_key",  # noqa: S608 (constants)
+            scope.tenant, scope.id,
+        )  # fmt: skip
+    return int(done.rpartition(" ")[2])
+
+
+async def unpublished(connection: Connection, before: datetime, limit: int = 1000) -> list[tuple[UUID, int]]:
+    """Pending chunks that are not on the topic, or are since long before: a chunk that comes twice does no harm."""
+    with mapped():
+        rows = await connection.fetch(
+            """SELECT command_id, chunk FROM jobs WHERE state = 'pending' AND (published_at IS NULL OR published_at < $1)
+               ORDER BY published_at NULLS FIRST, command_id, chunk LIMIT $2""",
+            before, limit,
+        )  # fmt: skip
+    return [(row["command_id"], row["chunk"]) for row in rows]
+
+
+async def published(connection: Connection, chunks: Sequence[tuple[UUID, int]], at: datetime) -> None:
+    with mapped():
+        await connection.execute(
+            "UPDATE jobs j SET published_at = $3 FROM unnest($1::uuid[], $2::int[]) x(c, n) WHERE j.command_id = x.c AND j.chunk = x.n",
+            [c for c, _ in chunks], [n for _, n in chunks], at,
+        )  # fmt: skip
+
+
+async def begin(connection: Connection, command_id: UUID, chunk: int, worker: str) -> Chunk | None:
+    """The chunk, or None if it is done (or unknown) already. Two workers may have it at once: every write checks what it read."""
+    with mapped():
+        row = await connection.fetchrow(
+            "UPDATE jobs SET attempts = attempts + 1, worker = $3 WHERE command_id = $1 AND chunk = $2 AND state = 'pending' RETURNING *",
+            command_id, chunk, worker,
+        )  # fmt: skip
+    if row is None:
+        return None
+    return Chunk(command_id=command_id, chunk=chunk, tenant=row["tenant_id"], streams=row["streams"], plain=row["plain"])
+
+
+async def add(connection: Connection, chunk: Chunk, resealed: int) -> None:
+    """Progress, in the transaction that made it."""
+    with mapped():
+        await connection.execute(
+            "UPDATE jobs SET resealed = resealed + $3 WHERE command_id = $1 AND chunk = $2", chunk.command_id, chunk.chunk, resealed
+        )
+
+
+async def finish(connection: Connection, chunk: Chunk, left: int, worker: str) -> None:
+    with mapped():
+        await connection.execute(
+            """UPDATE jobs SET state = 'done', left_alone = $3, worker = $4, done_at = clock_timestamp()
+               WHERE command_id = $1 AND chunk = $2 AND state = 'pending'""",
+            chunk.command_id, chunk.chunk, left, worker,
+        )  # fmt: skip
+
+
+async def all_done(connection: Connection) -> list[Any]:
+    """Re-encryptions whose chunks are all done and whose last receipt is still to come."""
+    with mapped():
+        return await connection.fetch(
+            """SELECT c.command_id, c.op, c.tenant_id, c.payload, c.result, c.received_at FROM commands c
+               WHERE c.op = 'reencrypt' AND c.step = 'done' AND c.status = 'accepted'
+                 AND NOT EXISTS (SELECT FROM jobs j WHERE j.command_id = c.command_id AND j.state = 'pending') FOR UPDATE OF c SKIP LOCKED"""
+        )
+
+
+async def progress(connection: Connection, command_id: UUID | None = None) -> list[dict[str, Any]]:
+    """A row per command, newest last."""
+    with mapped():
+        rows = await connection.fetch(
+            """SELECT j.command_id::text, j.tenant_id AS tenant, count(*) AS chunks, count(*) FILTER (WHERE j.state = 'done') AS done,
+                 sum(j.resealed)::bigint AS resealed, sum(j.left_alone)::bigint AS left_alone, sum(j.attempts)::bigint AS attempts,
+                 count(DISTINCT j.worker) AS workers, CASE WHEN bool_and(j.state = 'done') THEN 'done' ELSE 'pending' END AS state
+               FROM jobs j WHERE $1::uuid IS NULL OR j.command_id = $1 GROUP BY 1, 2 ORDER BY min(j.created_at), 1""",
+            command_id,
+        )
+    return [dict(row) for row in rows]
+
+
+# ── what a chunk reads and writes ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def rows_not_under(connection: Connection, chunk: Chunk, stream: str, prefix: bytes, before: int, limit: int) -> list[Any]:
+    """Events before that position whose envelope's first 25 bytes are others, from behind."""
+    with mapped():
+        return await connection.fetch(_ROWS, chunk.tenant, stream, before, prefix, chunk.plain, limit)
+
+
+async def classes(connection: Connection, tenant: str, streams: Sequence[str]) -> dict[str, str]:
+    with mapped():
+        rows = await connection.fetch(
+            "SELECT stream_id, stream_type_class FROM streams WHERE tenant_id = $1 AND stream_id = ANY ($2)", tenant, streams
+        )
+    return {row["stream_id"]: row["stream_type_class"] for row in rows}
+
+
+async def replace(connection: Connection, tenant: str, stream: str, new: Sequence[tuple[int, bytes | None, bytes]]) -> list[Any]:
+    """(position, the 25 bytes that were read or None of a plain event, envelope): where the row is still as it was read. -> rows as they are now."""
+    with mapped():
+        return await connection.fetch(
+            """UPDATE messages m SET data_encrypted = x.envelope, data = NULL, metadata = NULL
+               FROM unnest($3::bigint[], $4::bytea[], $5::bytea[]) x(position, old, envelope)
+               WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position = x.position
+                 AND substring(m.data_encrypted FOR 25) IS NOT DISTINCT FROM x.old
+               RETURNING m.stream_position, m.data_encrypted""",
+            tenant, stream, [n[0] for n in new], [n[1] for n in new], [n[2] for n in new],
+        )  # fmt: skip
+
+
+async def lock_history(connection: Connection, tenant: str, stream: str) -> tuple[list[Range], int]:
+    """-> the ranges of keys that are no persons', and the last position. Who begins with another key updates the stream's row, and so waits."""
+    with mapped():
+        await connection.execute("SELECT FROM streams WHERE tenant_id = $1 AND stream_id = $2 FOR UPDATE", tenant, stream)
+        rows = await connection.fetch(
+            """SELECT h.* FROM stream_key_history h JOIN encryption_keys k USING (tenant_id, key_id, key_version)
+               WHERE h.tenant_id = $1 AND h.stream_id = $2 AND k.scope_kind <> 'subject' ORDER BY used_from_position""",
+            tenant, stream,
+        )  # fmt: skip
+        head = await connection.fetchval("SELECT max(stream_position) FROM messages WHERE tenant_id = $1 AND stream_id = $2", tenant, stream)
+    return [Range(r["key_id"], r["key_version"], r["used_from_position"], r["used_to_position"]) for r in rows], head
+
+
+async def write_history(
+    connection: Connection, tenant: str, stream: str, old: Sequence[Range], new: Sequence[Range], suite: str, sealed_from: int
+) -> None:
+    """After `lock_history`. `sealed_from`: nothing plain stands from there on."""
+    with mapped():
+        gone, made = [r for r in old if r not in new], [r for r in new if r not in old]
+        await connection.execute(
+            """DELETE FROM stream_key_history h USING unnest($3::uuid[], $4::int[], $5::bigint[]) x(k, v, p)
+               WHERE h.tenant_id = $1 AND h.stream_id = $2 AND h.key_id = x.k AND h.key_version = x.v AND h.used_from_position = x.p""",
+            tenant, stream, [r.key_id for r in gone], [r.key_version for r in gone], [r.first for r in gone],
+        )  # fmt: skip
+        await connection.executemany(
+            """INSERT INTO stream_key_history (tenant_id, stream_id, key_id, key_version, used_from_position, used_to_position)
+               VALUES ($1, $2, $3, $4, $5, $6)""",
+            [(tenant, stream, *r) for r in made],
+        )
+        await connection.execute(
+            """UPDATE streams SET is_encrypted = true, encrypted_from_position = least(encrypted_from_position, $5),
+                 encryption_key_id = $3, encryption_algorithm = $4 WHERE tenant_id = $1 AND stream_id = $2""",
+            tenant, stream, new[-1].key_id, suite, sealed_from,
+        )  # fmt: skip
