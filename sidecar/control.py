@@ -39,7 +39,7 @@ from sidecar.ledger import Ledger, LedgerGate
 from sidecar.ledger_replay import answer_asked
 from sidecar.notices import Notices
 from sidecar.ports import Clock
-from sidecar.postgres import audit, commands, guard, migrations
+from sidecar.postgres import audit, commands, guard, ledger, migrations
 from sidecar.postgres.commands import Job, Unpublished
 from sidecar.postgres.connection import Connection, Pool, connect, open_pool, refuse_transaction_pooling, transaction
 from sidecar.postgres.durability import check_standby
@@ -124,6 +124,9 @@ class Executor:
             command = stored(job.payload)
         except CommandRejected as error:
             return await self._give_up(job, error, "failed", None)
+        if job.step is None and await self._carried_out_before(job):
+            known = CommandRejected("carried_out_before", "the ledger has this command: it was carried out before the database was restored")
+            return await self._give_up(job, known, "rejected", command)
         while job.step != FINISHED:
             before = job
             try:
@@ -132,8 +135,15 @@ class Executor:
                 return await self._give_up(before, error, "rejected", command)
             if job.step in ("inaccessible", FINISHED):
                 self._wake_outbox()
+            if job.step == before.step:
+                return  # one of many chunks: other tenants want the slot too
         status = {"shred": "done" if command.dry_run else "inaccessible", "reencrypt": "accepted"}.get(job.op, "done")
         self._settled(job, status)
+
+    async def _carried_out_before(self, job: Job) -> bool:
+        """A restored database knows nothing of it, or has it still to do: again, it would undo what came since, say a readmission."""
+        async with transaction(self._pool) as connection:
+            return await ledger.knows(connection, job.command_id)
 
     def _flow(self, job: Job) -> Flow:
         if job.op not in self._flows:
@@ -433,12 +443,15 @@ class ControlPlane:
     def _sealing(self) -> Sealing:
         return Sealing(self._pool, self._clock, self.kms, self._settings.kms)
 
-    async def _again(self, name: str, seconds: float, act: Callable[[], Awaitable[object]]) -> None:
+    @staticmethod
+    async def _again(name: str, seconds: float, act: Callable[[], Awaitable[object]]) -> None:
         while True:
             try:
                 await act()
             except SidecarError as error:
                 telemetry.log.warning("a timer waits", extra={"action": name, "error": error})
+            except Exception as error:  # a defect of ours must not end the process that carries out shreds
+                telemetry.log.error("a timer fails", extra={"action": name}, exc_info=error)
             await asyncio.sleep(seconds)
 
 

@@ -19,7 +19,7 @@ from sidecar.core.errors import SidecarError, Unavailable
 from sidecar.core.model import Erased, Event, Scope
 from sidecar.event_store import EventStore
 from sidecar.ports import Clock
-from sidecar.postgres import audit, evidence
+from sidecar.postgres import audit, evidence, shreds
 from sidecar.postgres.connection import Pool, transaction
 from sidecar.postgres.evidence import Due, Record
 from sidecar.settings import Settings
@@ -133,7 +133,7 @@ class Evidence:
         told = due.receipt["events"]
         sealed, plain = told["unreadable"], told["plain_remaining"]
         if sealed is None:
-            sealed, plain = await evidence.count(connection, scope, due.stood_at)
+            sealed, plain = await shreds.count_events(connection, scope, due.stood_at)
         return {"unreadable": sealed, "plain_remaining": plain, "plain_deleted": told.get("plain_deleted", 0)}
 
     async def _sampled(self, scope: Scope, stood_at: datetime) -> dict[str, Any]:

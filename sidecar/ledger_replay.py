@@ -93,7 +93,8 @@ class LedgerReplay:
         found = await asyncio.to_thread(read, self._topic, self._deployment, self._keys)
         self._refuse_unsigned(found)
         lacking = await ledger.lacking(lead, {f.entry.entry_id for f in found})
-        gone = replays.undone(f.entry for f in found)
+        # A database that has the shred itself learns that it was taken back.
+        gone = replays.undone(f.entry for f in found) & {f.entry.command_id for f in found if f.entry.entry_id in lacking}
         for each in found:
             if each.entry.entry_id in lacking:
                 await self._apply(each, skip=each.entry.command_id in gone or each.entry.undoes in gone)

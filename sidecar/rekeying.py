@@ -13,7 +13,7 @@ from sidecar.core.keys import Kek, KekRow
 from sidecar.keys import KeyManagement, dek_row, kek_row, rewrap_dek
 from sidecar.ports import Clock
 from sidecar.postgres import audit, guard, rekeys, shreds
-from sidecar.postgres.connection import Pool, transaction
+from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.postgres.rekeys import Rewrapped
 from sidecar.postgres.seal_epochs import SealEpoch
 from sidecar.steps import WRITER, failpoint
@@ -37,7 +37,7 @@ class Rekeying:
         if (newest.kms_uri, newest.kms_key_version) == (retiring.kms_uri, retiring.key_version):
             newest = await self._start(newest, actor)
         failpoint("rekey:made")
-        while not await self._finish(newest, await self._move(newest), actor):
+        while not await self._finish(newest, await self._move(newest, actor), actor):
             pass
 
     async def _rows(self, tenant: str) -> list[Any]:
@@ -54,13 +54,10 @@ class Rekeying:
                 raise Conflict("the tenant changed meanwhile")
             await rekeys.start(connection, row)
             await shreds.next_epoch(connection, last.tenant, shredding=False)
-            details = {"generation": row.generation, "version": row.version, "kms_uri": row.kms_uri, "kms_key_version": row.kms_key_version}
-            await audit.append(
-                connection, writer=WRITER, at=self._clock.now(), action="keys.rekey.begin", actor=actor, tenant=last.tenant, details=details
-            )
+            await self._audited(connection, "begin", row, actor, kms_uri=row.kms_uri, kms_key_version=row.kms_key_version)
         return row
 
-    async def _move(self, newest: KekRow) -> int:
+    async def _move(self, newest: KekRow, actor: str) -> int:
         """Re-wrap every DEK that an older KEK wraps; -> the tenant epoch in which none was left."""
         rows = await self._rows(newest.tenant)
         keks = {row["kek_version"]: await self._keys.open_kek(kek_row(row)) for row in rows}
@@ -79,7 +76,10 @@ class Rekeying:
                     continue
                 again = await asyncio.to_thread(_rewrapped, keks, deks, keks[newest.version])
                 async with transaction(self._pool) as connection:
-                    left += len(deks) - await rekeys.rewrap(connection, newest, again)
+                    moved = await rekeys.rewrap(connection, newest, again)
+                    if moved:
+                        await self._audited(connection, "rewrap", newest, actor, count=moved)
+                    left += len(deks) - moved
                 after = (deks[-1]["key_id"], deks[-1]["key_version"])
                 failpoint("rekey:moving")
         finally:
@@ -98,17 +98,13 @@ class Rekeying:
             gone = await rekeys.finish(connection, newest)
             if gone:
                 await shreds.next_epoch(connection, newest.tenant, shredding=False)
-                details = {"generation": newest.generation, "version": newest.version, "destroyed": gone}
-                await audit.append(
-                    connection,
-                    writer=WRITER,
-                    at=self._clock.now(),
-                    action="keys.rekey.done",
-                    actor=actor,
-                    tenant=newest.tenant,
-                    details=details,
-                )
+                await self._audited(connection, "done", newest, actor, destroyed=gone)
         return True
+
+    async def _audited(self, connection: Connection, what: str, kek: KekRow, actor: str, **more: Any) -> None:
+        details = {"generation": kek.generation, "version": kek.version, **more}
+        at = self._clock.now()
+        await audit.append(connection, writer=WRITER, at=at, action=f"keys.rekey.{what}", actor=actor, tenant=kek.tenant, details=details)
 
 
 def _rewrapped(keks: dict[int, Kek], deks: Sequence[Any], under: Kek) -> list[Rewrapped]:

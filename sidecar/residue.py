@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Protocol
+from uuid import UUID
 
 from sidecar import telemetry
 from sidecar.core.command import Command, receipt_id, rfc3339
@@ -67,7 +68,7 @@ class Residue:
         async with transaction(self._steps.pool) as connection:
             sources = await shreds.source_topics(connection)
             ends = await shreds.source_ends(connection, job.command_id)
-        stored = plan_store(self._settings, job.facts, now) if job.facts["keys"]["count"] else []
+        stored = plan_store(self._settings, job.facts, now)
         views = await self._notices.affected(command.scope)
         described = await asyncio.to_thread(self._steps.admin.describe, {view.topic for view in views} | {topic for _, topic, _ in sources})
         configs = {topic: await asyncio.to_thread(self._steps.admin.topic_config, topic) for topic in described}
@@ -129,8 +130,9 @@ class Residue:
         if not rows:  # nothing was found, anywhere
             body = body | {"irrecoverable_at": body["inaccessible_at"], "irrecoverable_reason": None}
         if body["events"].get("counting"):
-            sealed, plain = await shreds.count_events(connection, command.scope)
-            body["events"] = body["events"] | {"unreadable": sealed, "plain_remaining": plain, "counting": False}
+            stood_at = await commands.written_at(connection, UUID(stands["receipt_id"]))
+            body["events"] = body["events"] | shreds.events_on_receipt(*await shreds.count_events(connection, command.scope, stood_at))
+            body["events"] |= {"counting": False}
         body |= await self._steps.audited(connection, command, "shred.complete", residue=len(rows))
         body |= {"receipt_id": str(receipt_id(command.command_id, "complete")), "status": "complete"}
         await commands.complete(connection, command.command_id, body)

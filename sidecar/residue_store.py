@@ -9,7 +9,7 @@ from sidecar.core.model import ScopeKind
 from sidecar.ports import Clock
 from sidecar.postgres import residue, seal_epochs, shreds
 from sidecar.postgres.connection import Pool, transaction
-from sidecar.postgres.residue import Entry, Look, Planned
+from sidecar.postgres.residue import KEY_TABLES, Entry, Look, Planned
 from sidecar.sealing import Sealing
 from sidecar.settings import Settings
 from sidecar.steps import WRITER
@@ -20,13 +20,17 @@ LONGEST_SECONDS: Final = 300.0
 
 
 def plan_store(settings: Settings, facts: dict[str, Any], now: datetime) -> list[Planned]:
-    """What a shred that destroyed keys leaves in the database, its log and its backups. `facts["xid"]`: the transaction that did it."""
-    kept_until = facts.get("kept_until")
-    planned = [
-        Planned(kind="database", place=DEAD_ROWS, details={} if kept_until else {"xid": facts["xid"]}),
-        Planned(kind="wal", place=WAL),
-        Planned(kind="seal_epoch", place="seal epoch", details={"reason": "next seal epoch"}),
-    ]
+    """What a shred that destroyed keys, or deleted plain events, leaves in the database, its log and its backups.
+
+    `facts["xid"]`: the transaction that destroyed; the deletions came behind it, and a grace's end will.
+    """
+    kept_until, keys, plain = facts.get("kept_until"), facts["keys"]["count"], facts.get("plain_deleted")
+    if not keys and not plain:
+        return []
+    dead: dict[str, Any] = {} if kept_until or plain else {"xid": facts["xid"]}
+    planned = [Planned(kind="database", place=DEAD_ROWS, details=dead | ({"plain": True} if plain else {})), Planned(kind="wal", place=WAL)]
+    if keys:
+        planned.append(Planned(kind="seal_epoch", place="seal epoch", details={"reason": "next seal epoch"}))
     if kept_until:
         planned.append(Planned(kind="grace", place="keys in quarantine", until=datetime.fromisoformat(kept_until)))
     for place, days in _kept(settings):
@@ -43,7 +47,7 @@ def _kept(settings: Settings) -> list[tuple[str, int | None]]:
 
 
 class DeadRows:
-    """Kind `database`: the old row versions, with the wrapped bytes, leave the tables. An old snapshot anywhere holds them back."""
+    """Kind `database`: the old row versions, with wrapped bytes or plain events, leave the tables. An old snapshot anywhere holds them back."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -52,12 +56,13 @@ class DeadRows:
         async with transaction(self._pool) as connection:
             if await residue.pending(connection, entry.command_id, "grace"):
                 return Look(again=_patience(entry.attempts), details={"reason": "waits for the end of the grace"})
-            details = {"xid": entry.details.get("xid") or await shreds.own_xid(connection)}
+            plain = {"plain": True} if entry.details.get("plain") else {}
+            details = plain | {"xid": entry.details.get("xid") or await shreds.own_xid(connection)}
         async with transaction(self._pool) as connection:
             held_by = await residue.old_snapshots(connection, int(details["xid"]))
         if held_by:
             return Look(again=_patience(entry.attempts), details=details | {"held_by": held_by})
-        tables = await residue.vacuum(self._pool, entry.created_at)
+        tables = await residue.vacuum(self._pool, (*KEY_TABLES, "messages") if plain else KEY_TABLES, entry.created_at)
         blocked = any("may not" in said for said in tables.values())
         return Look(again=_patience(entry.attempts) if blocked else None, details=details | {"tables": tables})
 
@@ -113,12 +118,11 @@ class SealEpoch:
         async with transaction(self._pool) as connection:
             if await residue.pending(connection, entry.command_id, "grace"):
                 return Look(again=_patience(entry.attempts), details={"reason": "waits for the end of the grace"})
-            dedicated = await seal_epochs.of_tenant(connection, scope.tenant) if scope.kind is ScopeKind.TENANT else []
+            dedicated = await seal_epochs.of_shred(connection, scope.tenant, entry.command_id) if scope.kind is ScopeKind.TENANT else []
         if any(epoch.state != "destroyed" for epoch in dedicated):  # a KMS key that was this tenant's alone waits for no roll
-            await self._sealing().destroy_dedicated(scope.tenant, WRITER)
-        inaccessible_at = datetime.fromisoformat(entry.facts["inaccessible_at"])
+            await self._sealing().destroy_dedicated(dedicated, WRITER)
         async with transaction(self._pool) as connection:
-            at, reason = await seal_epochs.irrecoverable(connection, scope, entry.command_id, inaccessible_at)
+            at, reason = await seal_epochs.irrecoverable(connection, scope, entry.command_id)
         left = _patience(entry.attempts) if at is None else (at - self._clock.now()).total_seconds()
         details = {"reason": reason} if reason else {}
         return Look(again=min(left, LONGEST_SECONDS) if left > 0 else None, until=at, details=details)

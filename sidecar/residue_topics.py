@@ -93,7 +93,7 @@ class ViewRecords:
         return [record for record in found if record is not None], list(events[-1]) if len(events) == CHUNK else None
 
     async def _left(self, entry: Entry, info: TopicInfo, scope: Scope) -> dict[int, int]:
-        """Partition → payload records of the scope's encrypted events below the barrier; partitions without any are left out."""
+        """Partition → payload records below the barrier of the events that were shredded; partitions without any are left out."""
         barrier = {int(partition): offset for partition, offset in entry.details["barrier"].items()}
         starts = (await asyncio.to_thread(self._admin.offsets, {entry.place: info.partitions}, end=False))[entry.place]
         if scope.kind is ScopeKind.STREAM:
@@ -105,7 +105,8 @@ class ViewRecords:
             first = await residue.encrypted_from(connection, scope.tenant, list({stream for _, stream in seen}))
         left: dict[int, int] = {}
         for (partition, stream), (count, newest) in seen.items():
-            if stream in first and newest >= first[stream]:  # a tenant's plain events are not its encrypted ones, and stay
+            # a tenant's plain events are not its encrypted ones, and stay, unless they were to go too
+            if entry.command.include_plain or (stream in first and newest >= first[stream]):
                 left[partition] = left.get(partition, 0) + count
         return left
 

@@ -70,17 +70,13 @@ class Sealing:
                 await self._audited(connection, "backup_confirmed", actor, None, kms_key_versions=confirmed)
         return confirmed
 
-    async def destroy_dedicated(self, tenant: str, actor: str) -> list[KmsVersion]:
-        """Of a shredded tenant: destroy the KMS key that was its alone. Repeatable; what came of it is in each answer's `state`."""
-        out = []
-        async with transaction(self._pool) as connection:
-            epochs = await seal_epochs.of_tenant(connection, tenant)
+    async def destroy_dedicated(self, epochs: Sequence[SealEpoch], actor: str) -> None:
+        """Of a shredded tenant: destroy the KMS key that was its alone. Repeatable; what came of it is on the epochs' rows."""
         for epoch in epochs:
             if epoch.state in ("active", "retiring"):
                 async with transaction(self._pool) as connection:
                     await seal_epochs.end(connection, epoch)
-            out.append(await self._destroy(epoch, actor))
-        return out
+            await self._destroy(epoch, actor)
 
     async def renew_dedicated(self, tenant: str) -> None:
         """Before a tenant is readmitted: what was its own KMS key is on its way to destruction, so its next KEK gets a new version."""
@@ -183,10 +179,10 @@ class Sealing:
             raise failed.exceptions[0] from None
         return [row for task in tasks if (row := task.result()) is not None]
 
-    async def _destroy(self, epoch: SealEpoch, actor: str) -> KmsVersion:
+    async def _destroy(self, epoch: SealEpoch, actor: str) -> None:
         """→ destroying → destroyed, if the KMS says so. Raises Unavailable where something still lives under it."""
         if epoch.state == "destroyed":
-            return KmsVersion(key_version=epoch.key_version, state=VersionState.DESTROYED, irrecoverable_at=epoch.irrecoverable_at)
+            return
         if epoch.state != "destroying":
             async with transaction(self._pool) as connection:
                 if not await seal_epochs.mark_destroying(connection, epoch):
@@ -202,7 +198,6 @@ class Sealing:
             else:
                 where = {"action": "roll_epoch", "kms_key_version": epoch.key_version, "state": found.state.value}
                 telemetry.log.info("the KMS has not destroyed the version yet", extra=where)
-        return found
 
     # what there is to do
 
@@ -223,7 +218,7 @@ class Sealing:
         """One roller at a time; only work is saved by that, every step stands another beside it."""
         async with transaction(self._pool) as connection:
             with mapped():
-                alone = bool(await connection.fetchval("SELECT pg_try_advisory_xact_lock(6, 0)"))
+                alone = bool(await connection.fetchval("SELECT pg_try_advisory_xact_lock(7, 0)"))
             yield alone
 
     async def _audited(self, connection: Connection, what: str, actor: str, tenant: str | None, **details: Any) -> None:

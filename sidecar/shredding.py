@@ -178,20 +178,17 @@ class Shredding:
             return done
 
     async def _clear_plain(self, job: Job, command: Command) -> Job:
-        """Tombstones first durable in Kafka, then the deletion commits: a crash repeats the chunk, never forgets it."""
+        """The next chunk. Tombstones first durable in Kafka, then the deletion commits: a crash repeats the chunk, never forgets it."""
         views = await self._notices.affected(command.scope)
-        after, deleted = ("", 0), int(job.facts.get("plain_deleted", 0))
-        while True:
-            async with transaction(self._steps.pool) as connection:
-                rows = await shreds.delete_plain(connection, command.scope, after, CHUNK)
-                if rows:
-                    await self._notices.write([t for row in rows for t in plain_tombstones(command.scope.tenant, row, views)])
-                    after, deleted = (rows[-1]["stream_id"], rows[-1]["stream_position"]), deleted + len(rows)
-                failpoint("shred:clearing")
-                step = "noticed" if len(rows) == CHUNK else "cleared"
-                job = await commands.advance(connection, job, step, {"plain_deleted": deleted})
-            if step == "cleared":
-                return job
+        after, deleted = tuple(job.facts.get("plain_after", ("", 0))), int(job.facts.get("plain_deleted", 0))
+        async with transaction(self._steps.pool) as connection:
+            rows = await shreds.delete_plain(connection, command.scope, after, CHUNK)
+            if rows:
+                await self._notices.write([t for row in rows for t in plain_tombstones(command.scope.tenant, row, views)])
+                after, deleted = (rows[-1]["stream_id"], rows[-1]["stream_position"]), deleted + len(rows)
+            failpoint("shred:clearing")
+            step = "noticed" if len(rows) == CHUNK else "cleared"
+            return await commands.advance(connection, job, step, {"plain_deleted": deleted, "plain_after": after})
 
 
 def _in_ledger(sources: list[tuple[int, str, str]], ends: dict[int, dict[int, int]]) -> list[SourceEnd]:

@@ -17,6 +17,7 @@ from uuid import UUID
 import orjson
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sidecar import settings as settings_module
@@ -61,7 +62,7 @@ class Cli:
         if isinstance(data, dict):
             table = Table(show_header=False, box=None)
             for name, value in data.items():
-                table.add_row(f"[bold]{name}[/bold]", _cell(value))
+                table.add_row(f"[bold]{escape(str(name))}[/bold]", _cell(value))
         else:
             names = list(columns or (data[0] if data else ()))
             table = Table(*names, box=None, header_style="bold")
@@ -141,10 +142,9 @@ def _plain(value: Any) -> Any:
 
 
 def _cell(value: Any) -> str:
+    """As it is: what looks like markup of the table's is the value's own."""
     if value is None:
         return ""
     if isinstance(value, datetime):
         return value.isoformat(sep=" ", timespec="seconds")
-    if isinstance(value, bytes | dict | list):
-        return orjson.dumps(value, default=_plain).decode()
-    return str(value)
+    return escape(orjson.dumps(value, default=_plain).decode() if isinstance(value, bytes | dict | list) else str(value))

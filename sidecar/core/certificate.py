@@ -85,6 +85,7 @@ def in_words(document: Mapping[str, Any]) -> list[str]:
     events, sampled, destroyed = document["events"], document["sampled"], document["destroyed"]
     until = f", which are set aside until {destroyed['set_aside_until']} and then destroyed" if destroyed["set_aside_until"] else ""
     left = [entry for entry in document["residue"] if entry["state"] != "done"]
+    remain = "plain ones do not say whose they are" if events["plain_remaining"] is None else f"{events['plain_remaining']} plain ones remain"
     said = [
         f"status: {document['status']}; a {document['scope']['kind']} of deployment {document['issuer']['deployment']}",
         f"inaccessible since {document['inaccessible_at']}",
@@ -92,7 +93,7 @@ def in_words(document: Mapping[str, Any]) -> list[str]:
         if document["irrecoverable_at"]
         else f"not irrecoverable yet: {document['irrecoverable_reason']}",
         f"keys: {destroyed['keys']}{until}; SHA-256 over their fingerprints {destroyed['fingerprints_sha256']}",
-        f"events: {events['unreadable']} unreadable, {events['plain_remaining']} plain ones remain, {events['plain_deleted']} plain ones were deleted",
+        f"events: {events['unreadable']} unreadable, {remain}, {events['plain_deleted']} plain ones were deleted",
         f"decryption was tried on {sampled['attempted']} of them and failed on {sampled['failed']}",
         f"left to do: {len(left)} of {len(document['residue'])} places" if left else "left to do: nothing",
     ]

@@ -107,6 +107,8 @@ class Admin:
         """Consumer groups that have committed offsets on the topic: group → partition → offset. A question per group of the cluster."""
         with mapped():
             listed = self._client.list_consumer_groups(request_timeout=TIMEOUT_SECONDS).result()
+            if listed.errors:
+                raise listed.errors[0]  # a broker that did not answer may have groups of its own
             out: dict[str, dict[str, int]] = {}
             for group in sorted({entry.group_id for entry in listed.valid}):
                 asked = self._client.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)], request_timeout=TIMEOUT_SECONDS)[group]

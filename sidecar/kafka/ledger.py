@@ -1,21 +1,20 @@
 """The ledger topic: one partition, compacted by entry id, so that nothing but a repeated entry is ever removed. Calls block."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka import KafkaError, Message, Producer
 
 from sidecar.core.errors import BrokerUnavailable, ConfigurationError
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.client import client_config, mapped, translate
+from sidecar.kafka.reading import read
 from sidecar.settings import Settings
 
 PARTITIONS: Final = 1
 CONFIG: Final = {"cleanup.policy": "compact"}
 TIMEOUT_SECONDS: Final = 10.0
-READ_SECONDS: Final = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,28 +63,7 @@ class LedgerTopic:
 
     def read(self, start: int, end: int) -> list[LedgerRecord]:
         """All that stands from `start` up to `end`, in order."""
-        if start >= end:
-            return []
-        own = {"group.id": f"{self._settings.deployment}.ledger", "enable.auto.commit": False, "auto.offset.reset": "earliest"}
-        consumer = Consumer(client_config(self._settings, **own, **{"enable.partition.eof": True}))
-        found: list[LedgerRecord] = []
-        until = time.monotonic() + READ_SECONDS
-        try:
-            with mapped():
-                consumer.assign([TopicPartition(self.name, 0, start)])
-                while True:
-                    if time.monotonic() > until:
-                        raise BrokerUnavailable("the ledger topic could not be read to its end")
-                    for message in consumer.consume(1000, 0.2):
-                        error = message.error()
-                        if error is not None and error.code() != KafkaError._PARTITION_EOF:
-                            raise KafkaException(error)
-                        if error is None and (message.offset() or 0) < end:
-                            found.append(_record(message))
-                        if (message.offset() or 0) + (error is None) >= end:
-                            return found
-        finally:
-            consumer.close()
+        return [_record(message) for message in read(self._settings, self.name, {0: (start, end)})]
 
     def publish(self, entries: Sequence[tuple[bytes, bytes]]) -> int:
         """Append (key, value) in order; -> the offset behind the last one, when all are durable. After an error some may stand: again is harmless."""

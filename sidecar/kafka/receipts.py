@@ -4,7 +4,6 @@ Receipts go through a transactional producer: a predecessor that was killed, or 
 for what it had already published sees all that it will ever have published. That makes it one receipt of each status.
 """
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,6 +14,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 
 from sidecar.core.errors import BrokerUnavailable
 from sidecar.kafka.client import client_config, mapped, translate
+from sidecar.kafka.reading import read
 from sidecar.settings import Settings
 
 ID_HEADER = "outbox_id"
@@ -77,49 +77,24 @@ class ReceiptPublisher:
 
     def already_published(self, since: datetime) -> set[UUID]:
         """The outbox ids that stand on the topic from then on, committed."""
-        consumer = Consumer(
-            client_config(
-                self._settings,
-                **{
-                    "group.id": f"{self._settings.deployment}.control.scan",
-                    "enable.auto.commit": False,
-                    "auto.offset.reset": "earliest",
-                    "isolation.level": "read_committed",
-                    "enable.partition.eof": True,
-                },
-            )
-        )
+        at = int(since.timestamp() * 1000)
+        consumer = Consumer(client_config(self._settings, **{"group.id": f"{self._settings.deployment}.control.scan"}))
         try:
             with mapped():
-                return self._scan(consumer, since)
+                metadata = consumer.list_topics(self._topic, timeout=TIMEOUT_SECONDS).topics[self._topic]
+                if metadata.error is not None:
+                    raise KafkaException(metadata.error)
+                starts = consumer.offsets_for_times([TopicPartition(self._topic, p, at) for p in metadata.partitions], timeout=TIMEOUT_SECONDS)
+                for start in starts:
+                    if start.error is not None:
+                        raise KafkaException(start.error)
         finally:
             consumer.close()
-
-    def _scan(self, consumer: Consumer, since: datetime) -> set[UUID]:
-        metadata = consumer.list_topics(self._topic, timeout=TIMEOUT_SECONDS).topics[self._topic]
-        if metadata.error is not None:
-            raise KafkaException(metadata.error)
-        at = int(since.timestamp() * 1000)
-        starts = consumer.offsets_for_times([TopicPartition(self._topic, p, at) for p in metadata.partitions], timeout=TIMEOUT_SECONDS)
-        for start in starts:
-            if start.error is not None:
-                raise KafkaException(start.error)
-        waiting = {start.partition for start in starts if start.offset >= 0}  # -1: nothing as new as that
-        consumer.assign([start for start in starts if start.partition in waiting])
+        span: dict[int, tuple[int, int | None]] = {s.partition: (s.offset, None) for s in starts if s.offset >= 0}  # -1: nothing as new as that
         found: set[UUID] = set()
-        deadline = time.monotonic() + 60
-        while waiting:
-            if time.monotonic() > deadline:
-                raise BrokerUnavailable("the receipts topic could not be read to its end")
-            for message in consumer.consume(500, 0.2):
-                error = message.error()
-                if error is None:
-                    headers: Any = message.headers() or ()
-                    found.update(UUID(value.decode()) for name, value in headers if name == ID_HEADER)
-                elif error.code() == KafkaError._PARTITION_EOF:
-                    waiting.discard(message.partition() or 0)
-                else:
-                    raise KafkaException(error)
+        for message in read(self._settings, self._topic, span):
+            headers: Any = message.headers() or ()
+            found.update(UUID(value.decode()) for name, value in headers if name == ID_HEADER)
         return found
 
 

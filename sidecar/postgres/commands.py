@@ -236,6 +236,13 @@ async def receipt_with(connection: Connection, command_id: UUID, status: str) ->
     return body
 
 
+async def written_at(connection: Connection, receipt_id: UUID) -> datetime:
+    """By the database's clock."""
+    with mapped():
+        at: datetime = await connection.fetchval("SELECT created_at FROM receipts WHERE receipt_id = $1", receipt_id)
+    return at
+
+
 async def rotations_due(connection: Connection, now: datetime, limit: int = 500) -> list[tuple[str, str, datetime]]:
     """-> (tenant, class, keys made before that are too old): by the tenant's own policy before the one of `*`; none twice at a time."""
     with mapped():

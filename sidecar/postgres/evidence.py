@@ -41,13 +41,14 @@ class Record:
 
 
 async def due(connection: Connection, since: datetime | None, limit: int = 100) -> list[Due]:
-    """Oldest first, of receipts from then on; none of a command that was only tried out."""
+    """Oldest first, of receipts from then on; none of a command that was only tried out, or taken back within its grace."""
     with mapped():
         rows = await connection.fetch(
             """SELECT r.command_id, r.status, r.body, r.created_at FROM receipts r
                WHERE r.status IN ('inaccessible', 'complete') AND r.body ->> 'receipt_id' = r.receipt_id::text
                  AND ($1::timestamptz IS NULL OR r.created_at > $1)
                  AND NOT EXISTS (SELECT FROM certificates c WHERE c.command_id = r.command_id AND c.status = r.status)
+                 AND NOT EXISTS (SELECT FROM commands c WHERE c.command_id = r.command_id AND c.result ? 'restored')
                ORDER BY r.created_at LIMIT $2""",
             since,
             limit,
@@ -81,20 +82,6 @@ async def record(connection: Connection, due: Due) -> Record:
         previous=before["certificate_id"] if before else None,
         salt=before["salt"] if before else None,
     )
-
-
-async def count(connection: Connection, scope: Scope, stood_at: datetime) -> tuple[int, int]:
-    """-> events of the scope that were encrypted, that are plain, as of then: a readmitted scope goes on. As long as it takes."""
-    with mapped():
-        row = await connection.fetchrow(
-            f"""SELECT count(m.data_encrypted) AS sealed, count(*) - count(m.data_encrypted) AS plain FROM messages m
-                WHERE {messages_of(scope)} AND m.created_at <= $3""",
-            scope.tenant,
-            scope.id,
-            stood_at,
-        )
-    assert row is not None  # noqa: S101 (an aggregate has one row)
-    return row["sealed"], row["plain"]
 
 
 async def sample(connection: Connection, scope: Scope, stood_at: datetime, limit: int) -> list[tuple[str, int]]:

@@ -81,8 +81,9 @@ async def refuse_gone(connection: Connection, scope: Scope) -> None:
     with mapped():
         tenant_gone, scope_gone = await connection.fetchrow(  # type: ignore[misc]
             """SELECT t.state <> 'active' AND NOT EXISTS (SELECT FROM quarantined_keys q WHERE q.tenant_id = $1),
-                 EXISTS (SELECT FROM erased_scopes e WHERE e.tenant_id = $1 AND e.scope_kind = $2 AND e.scope_id = $3
-                   AND e.readmitted_at IS NULL AND NOT EXISTS (SELECT FROM quarantined_keys q WHERE q.command_id = e.command_id))
+                 EXISTS (SELECT FROM erased_scopes e WHERE e.tenant_id = $1 AND e.readmitted_at IS NULL
+                   AND ((e.scope_kind, e.scope_id) = ($2, $3) OR (e.scope_kind, e.scope_id) IN (
+                     SELECT 'class', s.stream_type_class FROM streams s WHERE $2 = 'stream' AND s.tenant_id = $1 AND s.stream_id = $3)) AND NOT EXISTS (SELECT FROM quarantined_keys q WHERE q.command_id = e.command_id))
                FROM tenants t WHERE t.tenant_id = $1""",
             scope.tenant,
             scope.kind.value,

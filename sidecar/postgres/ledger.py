@@ -87,6 +87,12 @@ async def lacking(connection: Connection, ids: set[UUID]) -> set[UUID]:
     return ids - {row["entry_id"] for row in rows}
 
 
+async def knows(connection: Connection, command_id: UUID) -> bool:
+    """Whether a command was carried out, be it before this database was restored."""
+    with mapped():
+        return bool(await connection.fetchval("SELECT EXISTS (SELECT FROM ledger WHERE command_id = $1)", command_id))
+
+
 async def enter(connection: Connection, entry: Entry, envelope: bytes, *, published: bool = False) -> bool:
     """In the transaction of the act. False if the database has the entry."""
     with mapped():

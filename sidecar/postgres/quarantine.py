@@ -20,11 +20,12 @@ UPDATE encryption_keys k SET is_destroyed = true, destroyed_at = now() FROM gone
 WHERE (k.tenant_id, k.key_id, k.key_version) = (q.tenant_id, q.key_id, q.key_version) AND k.key_material IS NULL
 RETURNING sha256(k.commitment) AS fingerprint, k.key_id || '/' || k.key_version AS name"""
 
-# The commands that shredded exactly this scope and are within their grace.
+# The commands that shredded exactly this scope and are within their grace; not what a readmission made final.
 _OF_SCOPE = {
-    True: "q.tenant_id = $1 AND q.key_id IS NULL AND $2::text IS NOT NULL AND $3::text IS NOT NULL",
+    True: """q.tenant_id = $1 AND q.key_id IS NULL AND $2::text IS NOT NULL AND $3::text IS NOT NULL
+      AND q.generation = (SELECT generation FROM tenants WHERE tenant_id = $1)""",
     False: """q.tenant_id = $1 AND q.key_id IS NOT NULL AND q.command_id IN (
-      SELECT command_id FROM erased_scopes WHERE tenant_id = $1 AND scope_kind = $2 AND scope_id = $3)""",
+      SELECT command_id FROM erased_scopes WHERE tenant_id = $1 AND scope_kind = $2 AND scope_id = $3 AND readmitted_at IS NULL)""",
 }
 
 _RESTORE = {

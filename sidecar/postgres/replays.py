@@ -14,7 +14,7 @@ from sidecar.core import dsse
 from sidecar.core.audit import scope_ref, tenant_ref
 from sidecar.core.ledger import Entry, parse_entry
 from sidecar.core.model import Scope, ScopeKind
-from sidecar.postgres import holds, ledger, readmissions, shreds
+from sidecar.postgres import holds, ledger, quarantine, readmissions, shreds
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
 from sidecar.postgres.shreds import Keys
@@ -65,6 +65,8 @@ async def apply(connection: Connection, entry: Entry, scope: Scope) -> Keys:
     keys = Keys()
     if entry.act == "shred":
         keys = await _shred(connection, entry, scope)
+    elif entry.act == "readmit" and entry.undoes is not None:
+        keys = await _restore(connection, scope)
     elif entry.act == "readmit" and scope.kind is ScopeKind.TENANT:
         await _set_tenant(connection, entry, scope.tenant, "active")
     elif entry.act == "readmit":
@@ -90,6 +92,15 @@ async def _shred(connection: Connection, entry: Entry, scope: Scope) -> Keys:
             )
         ends.setdefault(source, {})[end.partition] = end.end_offset
     await shreds.record_barriers(connection, entry.command_id, scope.tenant, ends)
+    return keys
+
+
+async def _restore(connection: Connection, scope: Scope) -> Keys:
+    """Out of quarantine; nothing, where another of the act's entries did it, or the shred never was here."""
+    shredded = await quarantine.commands_of(connection, scope)
+    keys = await quarantine.restore(connection, scope)
+    if shredded:
+        await readmissions.take_back(connection, scope, shredded)
     return keys
 
 

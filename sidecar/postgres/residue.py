@@ -205,8 +205,8 @@ async def old_snapshots(connection: Connection, xid: int) -> list[str]:
     return [row["who"] for row in rows]
 
 
-async def vacuum(pool: Pool, since: datetime) -> dict[str, str]:
-    """Rid the key tables of dead rows; -> table → rewritten, vacuumed, autovacuumed (since then), or what stands in the way.
+async def vacuum(pool: Pool, tables: Iterable[str], since: datetime) -> dict[str, str]:
+    """Rid tables of dead rows; -> table → rewritten, vacuumed, autovacuumed (since then), or what stands in the way.
 
     Raises Conflict where a lock does not come within a second: nobody is made to wait longer for us.
     """
@@ -215,7 +215,7 @@ async def vacuum(pool: Pool, since: datetime) -> dict[str, str]:
         async with pool.acquire() as connection:
             await connection.execute("SET lock_timeout = '1s'")
             try:
-                for table in KEY_TABLES:
+                for table in tables:
                     size, allowed, auto = await connection.fetchrow(_TABLE, table, since)  # type: ignore[misc]
                     if not allowed:
                         out[table] = (

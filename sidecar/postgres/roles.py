@@ -49,7 +49,7 @@ _CONTROL_UPDATES_ONLY = {
     "ledger": "published_at",
     "audit_checkpoints": "published_at",
 }
-_CONTROL_MAINTAINS = "tenant_keys, encryption_keys, quarantined_keys"
+_CONTROL_MAINTAINS = "tenant_keys, encryption_keys, quarantined_keys, messages"
 _HIDDEN = {"certificates": {"salt"}, "ledger": {"envelope", "command_id", "tenant_ref"}}
 _FOR_ALL = {"ledger"}
 """A reader of one tenant must see which entries the database has, or it would take it for one that lacks them."""

@@ -53,6 +53,12 @@ async def of_tenant(connection: Connection, tenant: str) -> list[SealEpoch]:
     return await _epochs(connection, "tenant_id = $1", tenant)
 
 
+async def of_shred(connection: Connection, tenant: str, command_id: UUID) -> list[SealEpoch]:
+    """Of the keys that are dedicated to it, what was there when the shred was carried out: not what a readmission made since."""
+    finished = "SELECT finished_at FROM commands WHERE command_id = $2::text::uuid"
+    return await _epochs(connection, f"tenant_id = $1 AND created_at <= ({finished})", tenant, str(command_id))
+
+
 async def has_keks(connection: Connection, tenant: str) -> bool:
     """One that is not destroyed, whichever KMS key wraps it."""
     with mapped():
@@ -252,19 +258,20 @@ async def record(connection: Connection, epoch: SealEpoch, found: KmsVersion, no
 # ── what it means for a shred ───────────────────────────────────────────────────────────────────────────────────────
 
 
-async def irrecoverable(connection: Connection, scope: Scope, command_id: UUID, inaccessible_at: datetime) -> tuple[datetime | None, str | None]:
+async def irrecoverable(connection: Connection, scope: Scope, command_id: UUID) -> tuple[datetime | None, str | None]:
     """When the KMS made sure that no copy of the scope's wrapped keys can be opened; else None and what it waits for.
 
     An old backup may hold any wrap that a key of the scope ever had, so of each KMS key that wraps one of its KEKs every version up to
-    the last that did must be destroyed. Says nothing of views, sources and WAL.
+    the last that did must be destroyed. Says nothing of views, sources and WAL. Which KEKs there were, the database's clock alone says.
     """
     with mapped():
         below = await connection.fetchval("SELECT min(below_kek) FROM erased_scopes WHERE command_id = $1", command_id)
         keks = await connection.fetch(
             """SELECT k.wrapped IS NULL AS destroyed, k.kms_uri, k.kms_key_version FROM tenant_keys k
-               WHERE k.tenant_id = $1 AND k.created_at <= $2 AND ($3::int IS NULL OR k.kek_version < $3)""",
+               WHERE k.tenant_id = $1 AND ($3::int IS NULL OR k.kek_version < $3)
+                 AND k.created_at <= coalesce((SELECT finished_at FROM commands WHERE command_id = $2), 'infinity')""",
             scope.tenant,
-            inaccessible_at,
+            command_id,
             below,
         )
         epochs = await connection.fetch(
@@ -273,10 +280,10 @@ async def irrecoverable(connection: Connection, scope: Scope, command_id: UUID, 
             [row["kms_uri"] for row in keks],
             [row["kms_key_version"] for row in keks],
         )
-    if not all(row["destroyed"] for row in keks) or any(row["state"] in ("active", "retiring") for row in epochs):
+    if not keks or not all(row["destroyed"] for row in keks) or any(row["state"] in ("active", "retiring") for row in epochs):
         return None, "next seal epoch"
     if any(row["state"] == "retired" for row in epochs):
         return None, "keystore backup to be confirmed"
     if any(row["state"] == "destroying" for row in epochs):
         return None, "destruction in the KMS"
-    return max([row["irrecoverable_at"] for row in epochs], default=inaccessible_at), None
+    return max(row["irrecoverable_at"] for row in epochs), None

@@ -93,8 +93,10 @@ async def mark_shredded(connection: Connection, tenant: str) -> None:
 async def take_keys(connection: Connection, scope: Scope, command_id: UUID, kept_until: datetime | None) -> Keys:
     """Fence the scope, and take its keys from where anybody finds them: destroyed at once, or kept in quarantine until the end of a grace.
 
-    A shred without grace ends the grace of an earlier one. Raises CommandRejected where others need one of the keys.
+    A shred without grace ends the grace of an earlier one. Raises CommandRejected where others need one of the keys, and for a second grace.
     """
+    if kept_until is not None:
+        await _refuse_second_grace(connection, scope)
     if scope.kind is ScopeKind.TENANT:
         return await _take_tenant_keys(connection, scope.tenant, command_id, kept_until)
     await refuse_shared(connection, scope)
@@ -136,6 +138,20 @@ async def take_keys(connection: Connection, scope: Scope, command_id: UUID, kept
             sorted(keys.fingerprints),
         )
     return keys
+
+
+async def _refuse_second_grace(connection: Connection, scope: Scope) -> None:
+    """While a restore of this scope, or of the class around it, would bring its keys back: one shred's restore must not undo another's."""
+    of_command = "q.command_id IN (SELECT command_id FROM erased_scopes WHERE tenant_id = $1 AND readmitted_at IS NULL{})"
+    condition = {
+        ScopeKind.TENANT: "q.key_id IS NULL AND q.generation = (SELECT generation FROM tenants WHERE tenant_id = $1) AND $2::text IS NOT NULL",
+        ScopeKind.CLASS: of_command.format(" AND scope_kind = 'class' AND scope_id = $2"),
+    }.get(scope.kind) or f"{of_command.format('')} AND q.key_id IN (SELECT k.key_id FROM encryption_keys k WHERE {_of_scope(scope)})"
+    with mapped():
+        until = await connection.fetchval(f"SELECT max(until) FROM quarantined_keys q WHERE q.tenant_id = $1 AND {condition}", scope.tenant, scope.id)
+    if until is not None:
+        mend = "shred without a grace to destroy them now"
+        raise CommandRejected("in_grace", f"its keys are set aside already, by an earlier shred whose grace ends at {until.isoformat()}: {mend}")
 
 
 def _of_scope(scope: Scope) -> str:
@@ -319,13 +335,18 @@ def messages_of(scope: Scope) -> str:
     return "m.tenant_id = $1 AND m.stream_id IN (SELECT stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2)"
 
 
-async def count_events(connection: Connection, scope: Scope) -> tuple[int, int | None]:
-    """-> events that were encrypted, events that are plain: None of a person, whom plain events do not name to us."""
+async def count_events(connection: Connection, scope: Scope, stood_at: datetime | None = None) -> tuple[int, int | None]:
+    """-> events that were encrypted, events that are plain: None of a person, whom plain events do not name to us.
+
+    As they are; or as of then: a scope that was readmitted goes on.
+    """
     with mapped():
         row = await connection.fetchrow(
-            f"SELECT count(m.data_encrypted) AS sealed, count(*) - count(m.data_encrypted) AS plain FROM messages m WHERE {messages_of(scope)}",
+            f"""SELECT count(m.data_encrypted) AS sealed, count(*) - count(m.data_encrypted) AS plain FROM messages m
+                WHERE {messages_of(scope)} AND ($3::timestamptz IS NULL OR m.created_at <= $3)""",
             scope.tenant,
             scope.id,
+            stood_at,
         )
     assert row is not None  # noqa: S101 (an aggregate has one row)
     return row["sealed"], None if scope.kind is ScopeKind.SUBJECT else row["plain"]

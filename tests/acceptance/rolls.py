@@ -71,8 +71,7 @@ def irrecoverable(world: World, receipt: dict[str, Any]) -> tuple[datetime | Non
     async def main() -> tuple[datetime | None, str | None]:
         connection = await connect(world.dsn)
         try:
-            at = datetime.fromisoformat(receipt["inaccessible_at"])
-            return await seal_epochs.irrecoverable(connection, scope, UUID(receipt["command_id"]), at)
+            return await seal_epochs.irrecoverable(connection, scope, UUID(receipt["command_id"]))
         finally:
             await connection.close()
 

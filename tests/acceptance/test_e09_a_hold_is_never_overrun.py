@@ -194,6 +194,13 @@ async def test_a_hold_on_what_is_gone_is_refused_and_one_within_the_grace_is_not
     assert len(await holds.overlapping(plane.database, eta)) == 1
 
 
+async def test_a_hold_on_a_stream_whose_class_is_gone_is_refused(plane: Plane) -> None:
+    await kit.seed(plane.database, "acme", {"own": "E", "other": "F"})
+    assert (await plane.carry_out("shred", Scope(tenant="acme", kind=ScopeKind.CLASS, id="E")))["status"] == "inaccessible"
+    assert (await plane.carry_out("hold", Scope(tenant="acme", kind=ScopeKind.STREAM, id="own")))["error"]["code"] == "scope_erased"
+    assert (await plane.carry_out("hold", Scope(tenant="acme", kind=ScopeKind.STREAM, id="other")))["status"] == "done"
+
+
 class Race:
     """A hold and a shred of one tenant, each in a process of its own as it were: neither waits in the other's queue."""
 

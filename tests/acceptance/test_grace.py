@@ -213,3 +213,31 @@ def denied(dsn: str) -> bool:
             await connection.close()
 
     return asyncio.run(read()) == "denied"
+
+
+CLASS = Scope(tenant="acme", kind=ScopeKind.CLASS, id="Aes")
+
+
+@pytest.mark.parametrize(("first", "again"), [(ACME, ACME), (AES_1, AES_1), (CLASS, AES_1)], ids=str)
+def test_keys_that_a_restore_can_bring_back_are_shredded_again_only_without_a_grace(filled: World, first: Scope, again: Scope) -> None:
+    """Else the restore of the one would undo the other, which has its receipt."""
+    keys = wrapped(filled, again)
+    with kit.control(filled.config):
+        assert filled.carry_out("shred", first, options=LONG)["status"] == "inaccessible"
+        refused = filled.carry_out("shred", again, options=LONG)
+        assert (refused["status"], (refused["error"] or {}).get("code")) == ("rejected", "in_grace")
+        assert filled.carry_out("shred", again)["status"] == "inaccessible"
+        assert kept(filled, keys) == []
+
+
+def test_a_restore_brings_back_nothing_of_before_a_readmission(filled: World) -> None:
+    old = wrapped(filled, AES_1)
+    with kit.control(filled.config):
+        filled.carry_out("shred", AES_1, options=LONG)
+        assert filled.carry_out("readmit", AES_1)["status"] == "done"
+        filled.event(filled.topic("in"), b"new", tenant="acme", stream="aes-1")
+        filled.settle()
+        filled.carry_out("shred", AES_1, options=LONG)
+        assert filled.carry_out("readmit", AES_1, options={"restore": True})["status"] == "done"
+        assert statuses(filled, "acme", stream="aes-1") == ["erased"] * 5 + ["ok"]
+        assert kept(filled, old) == ["quarantined_keys"]

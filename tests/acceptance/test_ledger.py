@@ -28,6 +28,7 @@ from sidecar.ledger import Ledger, LedgerGate, key_of
 from sidecar.postgres.connection import connect, open_pool
 from sidecar.signing import control_signer, create_signing_key, public_path
 from sidecar.steps import SystemClock
+from sidecar.testing import control_plane as kit
 from tests.acceptance.world import Plane, World, blocking, until
 
 MEND = "sidecar ledger replay"
@@ -414,3 +415,47 @@ def test_a_person_and_a_class_that_the_backup_does_not_know_stay_erased(make_wor
     assert seen(world, "acme", "aes-1") == [b"joe 1", b"joe 2"]
     assert seen(world, "acme", "aes-2") == []
     assert world.value("SELECT count(*) FROM refusals WHERE reason = 'scope_erased'") == 3
+
+
+def test_a_database_from_within_a_grace_learns_that_the_shred_was_taken_back(world: World) -> None:
+    control, data = world.control(wait=False), world.run()
+    control.wait_ready()
+    publish(world, b"old", alpha=("aes-1",), beta=("aes-1", "aes-2"))
+    for scope in (tenant("alpha"), stream_of("beta", "aes-1")):
+        assert world.carry_out("shred", scope, options={"grace": "1h"})["status"] == "inaccessible"
+    stop(control, data)
+    back_up(world)
+    control, data = world.control(wait=False), world.run()
+    control.wait_ready()
+    for scope in (tenant("alpha"), stream_of("beta", "aes-1")):
+        assert world.carry_out("readmit", scope, options={"restore": True})["status"] == "done"
+    stop(control, data)
+    restore(world)
+    assert world.json("ledger", "replay")["applied"] == {"shred": 0, "hold": 0, "release": 0, "readmit": 2}
+    assert seen(world, "alpha", "aes-1") == seen(world, "beta", "aes-1") == [b"old"]
+    assert world.value("SELECT count(*) FROM quarantined_keys") == 0
+    assert world.value("SELECT count(*) FROM shred_barriers") == 0
+
+
+def test_a_command_that_a_restored_database_does_not_know_is_not_carried_out_again(world: World) -> None:
+    """Else a copy of an old shred erases what was readmitted behind it."""
+    control, data = world.control(wait=False), world.run()
+    control.wait_ready()
+    publish(world, b"old", alpha=("aes-1",))
+    stop(control, data)
+    back_up(world)
+    control, data = world.control(wait=False), world.run()
+    control.wait_ready()
+    command_id, value = kit.command(world.settings, "shred", tenant("alpha"))
+    kit.send(world.settings, value)
+    assert world.receipt(str(command_id))["status"] == "inaccessible"
+    assert world.carry_out("readmit", tenant("alpha"))["status"] == "done"
+    publish(world, b"new", alpha=("aes-1",))
+    stop(control, data)
+    restore(world)
+    assert world.json("ledger", "replay")["applied"]["shred"] == 1
+    world.control()
+    kit.send(world.settings, value)
+    receipt = world.receipt(str(command_id), ("rejected", "inaccessible"))
+    assert (receipt["status"], receipt["error"]["code"]) == ("rejected", "carried_out_before")
+    assert world.value("SELECT state FROM tenants WHERE tenant_id = 'alpha'") == "active"

@@ -264,3 +264,22 @@ def test_a_date_is_never_earlier_than_the_act(make_world: Callable[..., World]) 
         if kind == "backup"
     }
     assert days == {"database backups": 30, "keystore backups": 7, "archived WAL": 2}
+
+
+def test_deleted_plain_events_leave_residue_of_their_own_until_it_is_gone(make_world: Callable[..., World]) -> None:
+    """Their text stands in dead rows, in the log, in backups and in a view that was not compacted yet, whatever becomes of keys."""
+    world = make_world(backups=NO_BACKUPS)
+    world = reconfigured(world, views=[view_of(world.name)])
+    world.control(wait=False)
+    world.run()
+    world.planes[0].wait_ready()
+    fill(world, ("cart-1",))
+    plain = Scope(tenant="acme", kind=ScopeKind.STREAM, id="cart-1")
+    receipt = world.carry_out("shred", plain, options={"include_plain": True})
+    assert (receipt["keys"]["count"], receipt["events"]["plain_deleted"]) == (0, 20)
+    assert {row["kind"] for row in receipt["residue"]} == {"view", "source", "consumers", "database", "wal", "backup"}
+    assert "messages" in done(world, receipt, "database")["tables"]
+    done(world, receipt, "view")
+    assert payloads(world, world.topic("view"), "acme") == 0
+    assert payloads(world, world.topic("view"), "globex") == 20
+    assert world.json("receipts", "get", receipt["command_id"])["irrecoverable_at"] is None  # the log, and the source

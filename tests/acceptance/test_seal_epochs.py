@@ -163,6 +163,29 @@ def test_a_tenant_that_is_readmitted_before_its_own_key_is_destroyed_gets_the_ne
     assert statuses(world, "acme", stream="aes-7") == ["ok"]
 
 
+def test_what_a_shred_still_has_to_destroy_is_never_the_key_of_the_readmitted_tenant(dedicated: World) -> None:
+    """The residue of the shred is worked on after the readmission: it destroys what wrapped then, and comes to its end."""
+    world = dedicated
+    world.sql("CREATE FUNCTION not_yet() RETURNS TRIGGER LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$")
+    world.sql("CREATE TRIGGER not_yet BEFORE UPDATE ON seal_epochs FOR EACH ROW WHEN (NEW.state = 'destroying') EXECUTE FUNCTION not_yet()")
+    receipt = world.carry_out("shred", Scope.of_tenant("acme"))
+    assert world.carry_out("readmit", Scope.of_tenant("acme"))["status"] == "done"
+
+    def looks() -> int:
+        return int(world.value("SELECT attempts FROM residue WHERE kind = 'seal_epoch'"))
+
+    before = looks()
+    until(lambda: looks() >= before + 2, "two looks, before the tenant has a new key")
+    assert own_keys(world)["acme"][-1] == "active"
+    world.sql("DROP TRIGGER not_yet ON seal_epochs")
+    world.event(world.topic("in"), b"again", tenant="acme", stream="aes-7")
+    world.settle()
+    state = "SELECT state FROM residue WHERE command_id = $1::text::uuid AND kind = 'seal_epoch'"
+    until(lambda: world.value(state, receipt["command_id"]) == "done", "the end of what the shred had to destroy", 60)
+    assert own_keys(world)["acme"] == ["destroyed", "active"]
+    assert statuses(world, "acme", stream="aes-7") == ["ok"]
+
+
 def test_a_dedicated_key_rolls_when_a_stream_of_its_tenant_was_shredded(dedicated: World) -> None:
     world = dedicated
     receipt = world.carry_out("shred", stream_of("globex", "aes-1"))
@@ -306,3 +329,12 @@ def test_a_restored_database_is_not_rolled_before_the_ledger_was_replayed(filled
     said = filled.cli("keys", "roll-epoch", environment={"SIDECAR_POSTGRES__DSN": restored})
     assert said.returncode == 1
     assert b"ledger replay" in said.stderr
+
+
+def test_a_control_plane_whose_clock_is_behind_claims_no_end_for_a_young_tenant_key(filled: World) -> None:
+    """By its clock the tenant's key was made after the shred: that is no reason to take the shred for irrecoverable."""
+    filled.control()
+    receipt = filled.carry_out("shred", Scope.of_tenant("acme"))
+    filled.sql("UPDATE tenant_keys SET created_at = now() WHERE tenant_id = 'acme'")
+    filled.sql("UPDATE commands SET finished_at = clock_timestamp() WHERE op = 'shred'")
+    assert irrecoverable(filled, receipt) == (None, "next seal epoch")

@@ -16,7 +16,7 @@ from uuid import UUID, uuid4
 import pytest
 from confluent_kafka import KafkaException, Producer
 
-from sidecar.control import Executor
+from sidecar.control import ControlPlane, Executor
 from sidecar.core.errors import BrokerUnavailable
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.view import guard_stripe
@@ -532,13 +532,17 @@ async def _answers(connection: Connection) -> bool:
         return False
 
 
-async def test_a_tenant_whose_command_waits_does_not_hold_up_another(world: World) -> None:
+@pytest.mark.parametrize("why", ["waits", "has many chunks"])
+async def test_a_tenant_whose_command_takes_long_does_not_hold_up_another(world: World, why: str) -> None:
     """More stuck tenants than there are slots, and one that is not."""
 
     class Stuck:
         async def step(self, job: commands.Job, command: Any) -> commands.Job:
-            if job.tenant.startswith("stuck"):
+            if job.tenant.startswith("stuck") and why == "waits":
                 raise BrokerUnavailable
+            if job.tenant.startswith("stuck"):
+                await asyncio.sleep(0.01)
+                return replace(job, step="a chunk")
             async with pool.acquire() as held:
                 await commands.advance(held, job, FINISHED, finished=True)
             return replace(job, step=FINISHED)
@@ -558,6 +562,22 @@ async def test_a_tenant_whose_command_waits_does_not_hold_up_another(world: Worl
     await asyncio.gather(running, return_exceptions=True)
     await pool.close()
     assert await world.database.fetchval("SELECT tenant_id FROM commands WHERE finished_at IS NOT NULL") == "free"
+
+
+async def test_a_timer_with_a_defect_ends_nothing() -> None:
+    """The process that carries out shreds goes on, and the timer is tried again."""
+    turns = asyncio.Queue[int]()
+
+    async def act() -> None:
+        turns.put_nowait(1)
+        raise ZeroDivisionError
+
+    running = asyncio.create_task(ControlPlane._again("a test", 0.01, act))
+    async with asyncio.timeout(10):
+        for _ in range(3):
+            await turns.get()
+    assert not running.done()
+    running.cancel()
 
 
 # audit

@@ -188,6 +188,8 @@ def test_words_say_what_is_left_and_until_when() -> None:
     done = DOCUMENT | {"irrecoverable_at": "2026-12-02T00:00:00.000Z", "residue": [], "status": "complete"}
     assert "irrecoverable since 2026-12-02" in "\n".join(in_words(done)) and "left to do: nothing" in "\n".join(in_words(done))
     waits = DOCUMENT | {"destroyed": DOCUMENT["destroyed"] | {"set_aside_until": "2026-11-25T00:00:00.000Z"}}
+    person = DOCUMENT | {"events": DOCUMENT["events"] | {"plain_remaining": None}}
+    assert "20 unreadable, plain ones do not say whose they are, 0 plain" in "\n".join(in_words(person)), "nobody knows, so no number is said"
     assert "set aside until 2026-11-25" in "\n".join(in_words(waits)), "keys within a grace are not called destroyed"
 
 
@@ -197,6 +199,7 @@ def test_schema_takes_this_certificate_and_names_every_field() -> None:
     schema = json.loads((Path(__file__).parents[2] / "schemas" / "messages" / "certificate.v1.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(DOCUMENT, schema)
+    jsonschema.validate(DOCUMENT | {"events": DOCUMENT["events"] | {"plain_remaining": None}}, schema)  # a person's
     assert set(schema["properties"]) == set(schema["required"]) == FIELDS
     for change in ({"status": "done"}, {"sampled": {"attempted": 1, "failed": 0}}, {"scope": {"kind": "stream", "commitment": "acme"}}, {"more": 1}):
         with pytest.raises(jsonschema.ValidationError):

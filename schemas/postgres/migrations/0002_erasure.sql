@@ -78,6 +78,7 @@ CREATE TABLE ledger (                            -- the entries that this databa
   envelope BYTEA NOT NULL, created_at TIMESTAMPTZ NOT NULL DEFAULT now(), published_at TIMESTAMPTZ
 );
 CREATE INDEX ledger_tenant ON ledger (tenant_ref, seq);
+CREATE INDEX ledger_command ON ledger (command_id);   -- a command that comes again after a restore
 CREATE INDEX ledger_unpublished ON ledger (seq) WHERE published_at IS NULL;
 CREATE TABLE ledger_watermark (                  -- up to where this database has the topic's entries, and which server it was on
   only_row BOOLEAN PRIMARY KEY DEFAULT true CHECK (only_row),
@@ -119,6 +120,8 @@ CREATE TABLE audit_checkpoints (                 -- signed heads of all chains; 
   checkpoint_id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, at TIMESTAMPTZ NOT NULL, heads JSONB NOT NULL, envelope BYTEA NOT NULL,
   published_at TIMESTAMPTZ
 );
+
+CREATE INDEX audit_log_at ON audit_log (at);   -- reports are about a span of time
 
 -- ── who holds the guard ─────────────────────────────────────────────────────────────────────────────────────────────
 ALTER TABLE instances ADD COLUMN kind TEXT NOT NULL DEFAULT 'data';   -- data | worker | reader
