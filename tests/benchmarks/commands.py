@@ -1,121 +1,171 @@
-"""From a command on the control topic to its receipt, while a data plane is kept busy."""
+"""From a command to its receipt, at full load: rotations, shreds small and large, and what an instance that does not let go costs."""
 
 import asyncio
-import json
+import random
+import signal
 import statistics
 import sys
 import time
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from confluent_kafka import Producer
-
-from sidecar.app import compose
-from sidecar.core.command import compose as compose_command
+from sidecar import telemetry
+from sidecar.core.command import Command, compose, stored
 from sidecar.core.model import Scope, ScopeKind
-from sidecar.postgres.connection import connected
-from sidecar.settings import Settings
-from tests.benchmarks.throughput import VALUE_BYTES, Bench, config_file, drain
+from sidecar.core.view import guard_stripe
+from sidecar.postgres import commands
+from sidecar.postgres.commands import Job
+from sidecar.postgres.connection import open_pool, transaction
+from sidecar.rotation import Rotation
+from sidecar.steps import Steps, SystemClock
+from tests.benchmarks import large_tenants
+from tests.benchmarks.load import SMALL_STREAMS, Load, full_load
+from tests.benchmarks.throughput import PARTITIONS, Bench
 
-LOAD_PER_SECOND = 2000
-
-
-class Traffic:
-    """A steady stream of events of many small tenants, until stopped."""
-
-    def __init__(self, bootstrap: str, topic: str, tenants: int) -> None:
-        self._producer = Producer({"bootstrap.servers": bootstrap, "linger.ms": 5})
-        self._topic, self._tenants, self.sent = topic, tenants, 0
-
-    async def run(self, stop: asyncio.Event) -> None:
-        padding = "x" * (VALUE_BYTES - 60)
-        while not stop.is_set():
-            for _ in range(LOAD_PER_SECOND // 20):
-                self.sent += 1
-                tenant = f"small-{self.sent % self._tenants}".encode()
-                headers = [("ce_id", b"%d" % self.sent), ("ce_type", b"T"), ("ce_tenantid", tenant), ("ce_streamid", b"s%d" % (self.sent % 7))]
-                self._producer.produce(self._topic, json.dumps({"n": self.sent, "padding": padding}).encode(), tenant, headers=headers)
-            self._producer.poll(0)
-            await asyncio.sleep(0.05)
-        self._producer.flush(10)
-
-
-async def receipt_ms(settings: Settings, connection: Any, producer: Producer, op: str, scope: Scope, final: str) -> tuple[float, float]:
-    """-> (command to receipt as a client sees it in the outbox, accepted to receipt by the product's own clock), in ms."""
-    now, command_id = datetime.now(UTC), uuid4()
-    value = compose_command(
-        command_id=command_id, audience=settings.deployment, op=op, scope=scope, reason="benchmark", requested_by="bench", ticket=None,
-        issued_at=now, not_after=now + timedelta(hours=1), options={},
-    )  # fmt: skip
-    started = time.perf_counter()
-    producer.produce(settings.control.topic, value, scope.tenant.encode())
-    producer.flush(10)
-    while True:
-        row = await connection.fetchrow(
-            "SELECT status, created_at FROM receipts WHERE command_id = $1 AND status = ANY ($2)", command_id, [final, "rejected", "failed"]
-        )
-        if row is not None:
-            break
-        await asyncio.sleep(0.002)
-    if row["status"] != final:
-        raise RuntimeError(f"{op}: {row['status']}")
-    return (time.perf_counter() - started) * 1e3, (row["created_at"] - now).total_seconds() * 1e3
+STREAMS_OF_LARGE = 30
+"""Of the largest tenant, shredded one by one."""
+SPARE = 40
+"""Small tenants beyond those that are measured: of the ones that a failed instance holds, one is shredded."""
+HELD = """
+SELECT array_agg(objid::int) FROM pg_locks
+WHERE locktype = 'advisory' AND classid = 1 AND objsubid = 2 AND granted
+  AND pid = (SELECT guard_pid FROM instances WHERE instance_id = $1)"""
 
 
 def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
-async def latencies(bench: Bench, shreds: int, large: int) -> dict[str, Any]:
-    dsn = await bench.database()
-    topic = bench.topic(large, streams=large, tenants=1, prefix="large")
-    views = [{"name": "commands", "topic": "view-commands", "partitions": 4, "match": {"tenants": ["small-*"]}}]
-    settings = bench.settings(topic, dsn, views=views)
-    await drain(await compose(settings, "bench-commands"), large)
-    plane, stop = await compose(settings, "bench-commands"), asyncio.Event()
-    running = asyncio.create_task(plane.run(stop))
-    config = config_file(bench, settings, dsn, topic, views=views)
-    control = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sidecar", "--config", str(config), "control", stderr=asyncio.subprocess.PIPE
-    )
-    traffic = Traffic(bench.bootstrap, topic, shreds)
-    load = asyncio.create_task(traffic.run(stop))
+def spread(name: str, values: list[float]) -> dict[str, Any]:
+    return {f"{name} p50 ms": statistics.median(values), f"{name} p99 ms": percentile(values, 0.99)}
+
+
+def progress(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def _of_small(count: int) -> Iterator[Scope]:
+    """A stream of each small tenant."""
+    return (Scope(tenant=f"small-{n}", kind=ScopeKind.STREAM, id=f"s{n % SMALL_STREAMS}") for n in range(count))
+
+
+async def latencies(bench: Bench, shreds: int, sizes: list[int], rounds: int) -> dict[str, Any]:
+    started = time.perf_counter()
+
+    async def prepare(dsn: str) -> None:
+        await large_tenants.seed_all(dsn, sizes)
+        progress(f"tenants of {sizes} streams seeded in {time.perf_counter() - started:.0f} s")
+
+    async with full_load(bench, shreds + SPARE, prepare) as load:
+        figures = await rotations_in_database(load, shreds)
+        await load.start_control()
+        before, started = await load.stored(), time.perf_counter()
+        figures |= await _small(load, shreds)
+        figures["events/s meanwhile"] = (await load.stored() - before) / (time.perf_counter() - started)
+        for size in sizes:
+            figures |= await _previewed(load, size)
+        figures |= await _one_stream(load, max(sizes))
+        figures |= await _failed_instances(load, rounds)
+        for size in sizes:
+            ms, _ = await load.receipt("shred", Scope.of_tenant(large_tenants.name(size)), "inaccessible")
+            figures[f"shred of {size:,} streams ms"] = ms
+            progress(f"shred of {size:,} streams: {ms:.0f} ms")
+    return figures
+
+
+async def rotations_in_database(load: Load, count: int) -> dict[str, Any]:
+    """The transaction that marks a stream's key: as a whole, and how long of it the guard was held. No control plane is there to take the command."""
+    pool = await open_pool(load.dsn)
+    steps: Any = Steps(pool, None, SystemClock(), None)  # type: ignore[arg-type]
+    whole, held = [], []
     try:
-        await _until_ready(control)
-        async with connected(dsn) as connection:
-            while await connection.fetchval("SELECT count(*) FROM tenants") < shreds + 1:  # noqa: ASYNC110
-                await asyncio.sleep(0.1)
-            return await _measure(settings, connection, bench, shreds)
+        for scope in _of_small(count):
+            job, command = await _accepted(load, pool, scope)
+            held_before, started = telemetry.guard_seconds._sum.get(), time.perf_counter()
+            await Rotation(steps).step(job, command)
+            whole.append((time.perf_counter() - started) * 1e3)
+            held.append((telemetry.guard_seconds._sum.get() - held_before) * 1e3)
+        await load.connection.execute("UPDATE commands SET finished_at = now()")
     finally:
-        stop.set()
-        control.terminate()
-        await asyncio.gather(control.wait(), load, running)
-        await bench.drop(dsn)
+        await pool.close()
+    progress(f"{count} rotations in the database: {statistics.median(whole):.0f} ms, under the guard {statistics.median(held):.1f} ms")
+    return spread("rotate in the database", held) | spread("rotate in the database, wait for the guard and all", whole)
 
 
-async def _until_ready(process: asyncio.subprocess.Process) -> None:
-    assert process.stderr is not None
-    while line := await process.stderr.readline():
-        if line.startswith(b"ready"):
-            asyncio.get_running_loop().create_task(process.stderr.read()).add_done_callback(lambda _: None)
-            return
-    raise RuntimeError("the control plane did not become ready")
+async def _accepted(load: Load, pool: Any, scope: Scope) -> tuple[Job, Command]:
+    now, identity = datetime.now(UTC), uuid4()
+    payload = compose(
+        command_id=identity, audience=load.settings.deployment, op="rotate", scope=scope, reason="benchmark", requested_by="bench", ticket=None,
+        issued_at=now, not_after=now, options={},
+    )  # fmt: skip
+    async with transaction(pool) as connection:
+        receipt = {"receipt_id": str(uuid4()), "command_id": str(identity), "status": "accepted"}
+        await commands.insert(
+            connection, command_id=identity, op="rotate", tenant=scope.tenant, payload=payload, digest=b"", issuer="bench", status="accepted",
+            facts={}, receipt=receipt, at=now,
+        )  # fmt: skip
+    job = Job(command_id=identity, op="rotate", tenant=scope.tenant, payload=payload, step=None, facts={}, received_at=now)
+    return job, stored(payload)
 
 
-async def _measure(settings: Settings, connection: Any, bench: Bench, shreds: int) -> dict[str, Any]:
-    producer = Producer({"bootstrap.servers": bench.bootstrap, "linger.ms": 0})
-    rotated = []
-    for n in range(shreds):
-        streams = [r["stream_id"] for r in await connection.fetch("SELECT stream_id FROM streams WHERE tenant_id = $1 LIMIT 1", f"small-{n}")]
-        scope = Scope(tenant=f"small-{n}", kind=ScopeKind.STREAM, id=streams[0])
-        rotated.append((await receipt_ms(settings, connection, producer, "rotate", scope, "done"))[0])
-    shredded = [(await receipt_ms(settings, connection, producer, "shred", Scope.of_tenant(f"small-{n}"), "inaccessible"))[0] for n in range(shreds)]
-    one_large = (await receipt_ms(settings, connection, producer, "shred", Scope.of_tenant("t0"), "inaccessible"))[0]
-    return {
-        "rotate p50 ms": statistics.median(rotated),
-        "rotate p99 ms": percentile(rotated, 0.99),
-        "shred p50 ms": statistics.median(shredded),
-        "shred p99 ms": percentile(shredded, 0.99),
-        "shred of 100,000 streams ms": one_large,
-    }
+async def _small(load: Load, count: int) -> dict[str, Any]:
+    rotated = [(await load.receipt("rotate", scope, "done"))[0] for scope in _of_small(count)]
+    progress(f"{count} rotations: {statistics.median(rotated):.0f} ms")
+    shredded = [(await load.receipt("shred", Scope.of_tenant(f"small-{n}"), "inaccessible"))[0] for n in range(count)]
+    progress(f"{count} shreds: {statistics.median(shredded):.0f} ms")
+    return spread("rotate", rotated) | spread("shred of 10 streams", shredded)
+
+
+async def _previewed(load: Load, size: int) -> dict[str, Any]:
+    asked = [await load.receipt("shred", Scope.of_tenant(large_tenants.name(size)), "done", dry_run=True) for _ in range(3)]
+    if any(body["streams"] != size for _, body in asked):
+        raise RuntimeError("the dry run did not see every stream")
+    progress(f"dry run of {size:,} streams: {[round(ms) for ms, _ in asked]} ms")
+    return {f"dry run of {size:,} streams ms": [ms for ms, _ in asked]}
+
+
+async def _one_stream(load: Load, size: int) -> dict[str, Any]:
+    tenant = large_tenants.name(size)
+    scopes = [Scope(tenant=tenant, kind=ScopeKind.STREAM, id=f"s{n * size // STREAMS_OF_LARGE + 1}") for n in range(STREAMS_OF_LARGE)]
+    took = [(await load.receipt("shred", scope, "inaccessible"))[0] for scope in scopes]
+    progress(f"shred of a stream among {size:,}: {statistics.median(took):.0f} ms")
+    return spread(f"shred of a stream among {size:,}", took)
+
+
+async def _failed_instances(load: Load, rounds: int) -> dict[str, Any]:
+    """A second instance is stopped while it holds the guard of the tenant, or killed; the receipt must name it as fenced."""
+    figures: dict[str, list[float]] = {"shred, one instance stopped ms": [], "shred, one instance killed ms": []}
+    shredded: set[str] = {f"small-{n}" for n in range(load.small - SPARE)}
+    for number in range(rounds):
+        for name, how in zip(figures, (signal.SIGSTOP, signal.SIGKILL), strict=True):
+            victim = f"victim-{number}-{how.name.lower()}"
+            process = await load.start("run", "--instance-id", victim)
+            await load.until("SELECT count(*) FROM partition_leases WHERE owner LIKE $1 || '%'", lambda n: n > 0, victim)
+            tenant = await _strike(load, process.process, victim, how, shredded)
+            shredded.add(tenant)
+            ms, body = await load.receipt("shred", Scope.of_tenant(tenant), "inaccessible")
+            figures[name].append(ms)
+            outcomes = {instance["instance_id"]: instance["outcome"] for instance in body["instances"]}
+            if outcomes.get(victim) != "fenced":
+                raise RuntimeError(f"the receipt does not name the instance as fenced: {outcomes}")
+            progress(f"{name}: {ms:.0f}")
+            await process.end(signal.SIGKILL)
+            await load.until("SELECT count(*) FROM partition_leases WHERE owner LIKE 'bench%'", lambda n: n == PARTITIONS)
+    return dict(figures)
+
+
+async def _strike(load: Load, process: Any, victim: str, how: signal.Signals, spent: set[str]) -> str:
+    """Stop or kill it while it holds the guard of a tenant that is not shredded; -> that tenant."""
+    for _ in range(1000):
+        await asyncio.sleep(random.uniform(0.02, 0.1))
+        process.send_signal(signal.SIGSTOP)
+        held = set(await load.connection.fetchval(HELD, victim) or ())
+        found = [name for n in range(load.small) if guard_stripe(name := f"small-{n}") in held and name not in spent]
+        if found:
+            if how is signal.SIGKILL:
+                process.kill()
+            return found[0]
+        process.send_signal(signal.SIGCONT)
+    raise RuntimeError("the instance never held the guard of a tenant that is left")

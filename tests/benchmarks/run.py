@@ -1,6 +1,6 @@
 """`make bench`: what the product costs, as ratios of rounds that were interleaved in one run. Prints a table and JSON.
 
-    python -m tests.benchmarks.run [--events 60000] [--rounds 3] [--only throughput,streams,commands,memory,audit,epochs] [--json FILE]
+    python -m tests.benchmarks.run [--events 60000] [--rounds 3] [--only throughput,streams,commands,…] [--json FILE]
 
 Broker, database and this process share the machine: seconds mean little, ratios of one run something. Nothing here fails for being slow.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import uvloop
 
 from sidecar.testing import local_stack
-from tests.benchmarks import audit, commands, epochs, throughput
+from tests.benchmarks import audit, beside, commands, epochs, throughput
 
 BOUNDS = {
     "encrypted / plain": ">= 0.90",
@@ -27,9 +27,16 @@ BOUNDS = {
     "view / bare loader": ">= 0.40",
     "plain / no policy and keys": ">= 0.95",
     "new streams per second": ">= 4000",
+    "rotate in the database p99 ms": "< 50",
     "rotate p99 ms": "< 1000",
-    "shred p99 ms": "< 1000",
+    "shred of 10 streams p99 ms": "< 1000",
     "shred of 100,000 streams ms": "< 1000",
+    "shred of 1,000,000 streams ms": "< 1000",
+    "shred of a stream among 1,000,000 p99 ms": "< 1000",
+    "dry run of 1,000,000 streams ms": "< 2000",
+    "shred, one instance stopped ms": "< 5000",
+    "shred, one instance killed ms": "< 5000",
+    "beside a control plane / alone": ">= 0.98",
     "memory after a million streams MB": "< 250",
     "verify of 1,000,000 audit rows s": "< 30",
     "epoch roll of 10,000 tenants on SoftHSM s": "< 10",
@@ -43,10 +50,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=40_000, help="new streams, one event each")
     parser.add_argument("--memory-streams", type=int, default=1_000_000)
     parser.add_argument("--shreds", type=int, default=200, help="small tenants to shred, and streams to rotate, under load")
-    parser.add_argument("--large", type=int, default=100_000, help="streams of the one large tenant")
+    parser.add_argument("--large", default="100000,1000000", help="streams of the large tenants")
     parser.add_argument("--audit-rows", type=int, default=1_000_000)
     parser.add_argument("--tenants", type=int, default=10_000, help="whose keys a new seal epoch takes over")
-    parser.add_argument("--only", default="throughput,streams,commands,memory,audit,epochs")
+    parser.add_argument("--only", default="throughput,streams,commands,beside,memory,audit,epochs")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -60,7 +67,9 @@ async def measure(options: argparse.Namespace, stack: local_stack.LocalStack) ->
     if "streams" in only:
         figures |= await throughput.new_streams(bench, options.streams, options.rounds)
     if "commands" in only:
-        figures |= await commands.latencies(bench, options.shreds, options.large)
+        figures |= await commands.latencies(bench, options.shreds, [int(size) for size in options.large.split(",")], options.rounds)
+    if "beside" in only:
+        figures |= await beside.ratio(bench, options.events, options.rounds)
     if "audit" in only:
         figures |= await audit.verify_seconds(bench, options.audit_rows)
     if "epochs" in only:

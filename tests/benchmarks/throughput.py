@@ -23,7 +23,7 @@ from sidecar.postgres.connection import connected
 from sidecar.settings import Settings
 
 PARTITIONS, TENANTS, STREAMS, VALUE_BYTES = 4, 20, 2000, 1024
-_numbers = itertools.count(1)
+numbers = itertools.count(1)
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Bench:
     filled: dict[tuple[str, int], str] = field(default_factory=dict)
 
     async def database(self) -> str:
-        name = f"bench_{os.getpid()}_{next(_numbers)}"
+        name = f"bench_{os.getpid()}_{next(numbers)}"
         connection = await asyncpg.connect(self.dsn)
         await connection.execute(f"CREATE DATABASE {name}")
         await connection.close()
@@ -76,7 +76,7 @@ class Bench:
         producer.flush()
 
     def settings(self, topic: str, dsn: str, **more: Any) -> Settings:
-        number = next(_numbers)
+        number = next(numbers)
         key = self.folder / f"kek-{number}"
         create_key_file(key)
         document: dict[str, Any] = {
@@ -116,7 +116,7 @@ async def bare_loader(bench: Bench, topic: str, count: int) -> float:
     dsn = await bench.database()
     connection = await asyncpg.connect(dsn)
     # confluent's client is handed batches of the product's size; offsets are committed behind each COPY
-    consumer = Consumer({"bootstrap.servers": bench.bootstrap, "group.id": f"bare-{os.getpid()}-{next(_numbers)}", "enable.auto.commit": False,
+    consumer = Consumer({"bootstrap.servers": bench.bootstrap, "group.id": f"bare-{os.getpid()}-{next(numbers)}", "enable.auto.commit": False,
                          "isolation.level": "read_committed", "queued.max.messages.kbytes": 65_536})  # fmt: skip
     consumer.assign([TopicPartition(topic, p, 0) for p in range(PARTITIONS)])
     columns = ["tenant_id", "stream_id", "stream_position", "message_id", "message_type", "data", "source_id", "source_partition", "source_offset"]
@@ -143,7 +143,7 @@ async def bare_loader(bench: Bench, topic: str, count: int) -> float:
 
 async def product(bench: Bench, topic: str, count: int, *, encrypt: bool, view: bool = False, strip: Callable[[], Any] | None = None) -> float:
     dsn = await bench.database()
-    number = next(_numbers)
+    number = next(numbers)
     views = [{"name": f"view{number}", "topic": f"view-{number}", "partitions": 4}] if view else []
     settings = bench.settings(topic, dsn, views=views, policies={"install": [{"class": "Bench", "encrypt": encrypt}]})
     plane = await compose(settings, f"bench-{number}")
@@ -209,8 +209,8 @@ def config_file(bench: Bench, settings: Settings, dsn: str, topic: str, **more: 
         "postgres": {"dsn": dsn},
         "kms": {"uri": settings.kms.uri},
         "sources": [{"topic": topic}],
-        "control": settings.control.model_dump(),
-        "dead_letters": settings.dead_letters.model_dump(),
+        "control": settings.control.model_dump(mode="json", exclude_none=True),
+        "dead_letters": settings.dead_letters.model_dump(mode="json"),
         "http": {"port": 0},
     }
     file.write_text(json.dumps(document | more))
