@@ -7,6 +7,7 @@ All three take 32-byte keys, 12-byte nonces and append a 16-byte tag.
 import hmac
 import struct
 from enum import IntEnum
+from functools import cache
 from typing import NoReturn
 
 from cryptography.exceptions import InvalidTag
@@ -15,7 +16,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV, ChaCha20Poly1
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from sidecar.core.errors import AuthenticationFailed, UnsupportedEnvelope
+from sidecar.core.errors import AuthenticationFailed, ConfigurationError, UnsupportedEnvelope
 
 KEY_BYTES = 32
 NONCE_BYTES = 12
@@ -55,8 +56,11 @@ class Suite(IntEnum):
 
     def cipher(self, dek: bytes | bytearray) -> Cipher:
         """A cipher under this suite's own key of the DEK, so that no key is ever used with two algorithms."""
-        key = derive(dek, "enc", bytes([self]))
-        cipher = _CIPHERS[self](key)  # copies it into OpenSSL's context, which cleanses itself
+        return self.taking(derive(dek, "enc", bytes([self])))
+
+    def taking(self, key: bytearray) -> Cipher:
+        """A cipher of that key itself, which is wiped. Raises ConfigurationError where the library cannot bear that."""
+        cipher = _copying(_CIPHERS[self])(key)  # into OpenSSL's context, which cleanses itself
         wipe(key)
         return cipher
 
@@ -69,6 +73,21 @@ _CIPHERS: dict[Suite, type[AESGCM] | type[ChaCha20Poly1305] | type[AESGCMSIV]] =
     Suite.CHACHA20_POLY1305: ChaCha20Poly1305,
     Suite.AES_256_GCM_SIV: AESGCMSIV,
 }
+
+
+@cache
+def _copying(made_by: type[Cipher]) -> type[Cipher]:
+    """The same class, tried once: `cryptography` on OpenSSL 3.0 and 3.1 keeps a reference to the key, so one that is wiped seals under zeros."""
+    key, nonce = bytearray(range(KEY_BYTES)), bytes(NONCE_BYTES)
+    cipher = made_by(key)
+    wipe(key)
+    if cipher.encrypt(nonce, b"", b"") != made_by(bytes(range(KEY_BYTES))).encrypt(nonce, b"", b""):
+        raise ConfigurationError(
+            f"this build of the cryptography package keeps no copy of the key in {made_by.__name__}",
+            where="the Python package cryptography",
+            mend="install its binary wheel, or build it with OpenSSL 3.2 or later",
+        )
+    return made_by
 
 
 def lp(*parts: bytes) -> bytes:

@@ -17,7 +17,7 @@ from enum import StrEnum
 from hashlib import sha256
 from uuid import UUID
 
-from sidecar.core.aead import AESGCM, KEY_BYTES, NONCE_BYTES, TAG_BYTES, Cipher, Secret, Suite, derive, expand, lp, open_into, u32, wipe
+from sidecar.core.aead import KEY_BYTES, NONCE_BYTES, TAG_BYTES, Cipher, Secret, Suite, derive, expand, lp, open_into, u32, wipe
 from sidecar.core.errors import AuthenticationFailed
 from sidecar.core.model import Scope, ScopeKind
 
@@ -127,16 +127,14 @@ class Kek(Secret):
     def wrap(self, dek: bytes | bytearray, name: KeyName, nonce: bytes) -> tuple[bytes, bytes]:
         """-> (wrapped, commitment). The nonce may be any 12 random bytes: the wrapping key is this version's own."""
         committed = commitment(dek, name.key_id, name.version)
-        payload = bytearray(dek) + committed
+        payload = bytearray(KEY_BYTES + COMMITMENT_BYTES)
+        payload[:KEY_BYTES], payload[KEY_BYTES:] = dek, committed  # in place: a copy that is passed over is not wiped
         sealed = self._wrapping(name).encrypt(nonce, payload, b"")
         wipe(payload)
         return nonce + sealed, committed
 
-    def _wrapping(self, name: KeyName) -> AESGCM:
-        key = derive(self._secret, "wrap", *name._wrap_parts())
-        cipher = AESGCM(key)
-        wipe(key)
-        return cipher
+    def _wrapping(self, name: KeyName) -> Cipher:
+        return Suite.AES_256_GCM.taking(derive(self._secret, "wrap", *name._wrap_parts()))
 
     def unwrap(self, wrapped: bytes, name: KeyName, committed: bytes) -> "Dek":
         """Raises AuthenticationFailed if the wrap, its place or the commitment was altered."""

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.core.aead import Suite
-from sidecar.core.errors import AuthenticationFailed
+from sidecar.core.aead import _CIPHERS, AESGCM, Suite
+from sidecar.core.errors import AuthenticationFailed, ConfigurationError
 from sidecar.core.keys import (
     TRANSITIONS,
     WRAPPED_DEK_BYTES,
@@ -123,6 +123,21 @@ def test_dek_is_wiped_when_it_becomes_a_cipher_and_kek_when_it_is_destroyed() ->
     assert dek._secret == bytes(32)
     kek.destroy()
     assert kek._secret == bytes(32)
+
+
+def test_a_library_that_keeps_no_copy_of_the_key_is_refused_before_anything_is_sealed_under_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lazy:  # as cryptography's ciphers are on OpenSSL 3.0 and 3.1
+        def __init__(self, key: Any) -> None:
+            self._key = key
+
+        def encrypt(self, *sealed: Any) -> bytes:
+            return AESGCM(bytes(self._key)).encrypt(*sealed)
+
+    monkeypatch.setitem(_CIPHERS, Suite.AES_256_GCM, Lazy)  # type: ignore[arg-type]
+    kek = kek_of(SECRET, NAME)
+    for seals in (lambda: Suite.AES_256_GCM.cipher(bytearray(SECRET)), lambda: kek.wrap(SECRET, NAME, bytes(12))):
+        with pytest.raises(ConfigurationError):
+            seals()
 
 
 def test_keys_are_never_printed() -> None:
