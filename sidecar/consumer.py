@@ -18,7 +18,7 @@ from sidecar.core.errors import KeyUnavailable, RecordError, Unavailable
 from sidecar.core.model import Erased, Event
 from sidecar.core.store import Cursor, Unreadable
 from sidecar.postgres import checkpoints
-from sidecar.postgres.connection import Connection
+from sidecar.postgres.connection import Connection, Pool
 from sidecar.postgres.errors import mapped
 from sidecar.postgres.event_store import PostgresEventStore
 
@@ -45,7 +45,10 @@ class EventConsumer:
         decrypt: DecryptHook | None = None,
         tenant: str | None = None,
         classes: Sequence[str] | None = None,
+        sessions: Pool | None = None,
     ) -> None:
+        """`sessions`: where the connection comes from that it keeps while it runs; without it, one of the store's must be to spare for each."""
+        self._sessions = sessions or store.pool
         self.name, self._store, self._decrypt = name, store, decrypt
         self._tenant, self._classes = tenant, classes
         self._wake = asyncio.Event()
@@ -55,8 +58,9 @@ class EventConsumer:
         pause = 0.1
         while not stop.is_set():
             try:
-                async with self._store.pool.acquire() as held:
-                    await self._work(held, handler, stop)  # type: ignore[arg-type]
+                with mapped():
+                    async with self._sessions.acquire() as held:
+                        await self._work(held, handler, stop)  # type: ignore[arg-type]
                 pause = 0.1
             except _TRANSIENT as error:
                 telemetry.retries.labels("consumer").inc()

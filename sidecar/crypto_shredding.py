@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from sidecar.core.command import NOT_ALLOWED
 from sidecar.core.envelope import PREFIX_BYTES, data_aad, from_text, open_envelope, parse_header, seal, to_text
 from sidecar.core.errors import AccessDenied, CommandRejected, MalformedEnvelope, UnknownKey
 from sidecar.core.model import UNCLASSIFIED, Scope, ScopeKind
@@ -37,12 +38,13 @@ class CryptoShreddingService:
     # text
 
     async def encrypt_event_data(self, data: Any, stream_id: str, tenant_id: str = DEFAULT_TENANT) -> str:
-        """`ks1.…`: under the stream's key, bound to tenant and stream, wherever it is kept. Data is bytes, JSON or None.
+        """`ks1.…`: under a key of the stream, bound to tenant and stream, wherever it is kept. Data is bytes, JSON or None.
 
-        A shred of the stream, its class or the tenant makes it unreadable as well; clean-up never destroys a key that was used here.
+        A shred of the stream or the tenant makes it unreadable as well; one of the class does if the stream has an event in the store, for a
+        stream's class is fixed by its first event. A shred of a person does not. Clean-up never destroys a key that was used here.
         """
         value, content = encode(data)
-        attributes = orjson.dumps(library_attributes(int(self._clock.now().timestamp() * 1000), {}, content, value is None, None))
+        attributes = library_attributes(int(self._clock.now().timestamp() * 1000), {}, content, value is None, None)
         for _ in range(ATTEMPTS):
             held = await self._keys.hold_for_text(tenant_id, stream_id, self._classify(stream_id, ""))
             try:
@@ -123,10 +125,6 @@ class CryptoShreddingService:
             raise CommandRejected(error.get("code", "failed"), error.get("message", "the control plane could not carry it out"))
         self._keys.forget(scope.tenant)
         return receipt
-
-
-NOT_ALLOWED = ("unsigned", "bad_signature", "unknown_issuer", "not_permitted", "approvals_missing", "legal_hold")
-"""Codes of receipts that say: you may not, or not now."""
 
 
 def _scope(tenant: str, stream: str | None) -> Scope:

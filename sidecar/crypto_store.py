@@ -19,8 +19,6 @@ from typing import Any, Final, Protocol, TypeVar, cast
 from uuid import UUID, uuid4
 from weakref import WeakValueDictionary
 
-import orjson
-
 from sidecar.core.aead import Cipher, Suite, lp, u32
 from sidecar.core.envelope import (
     NO_FIELD,
@@ -154,24 +152,28 @@ class CryptoEventStore:
             raise MalformedRecord("an append needs events")
         identifier(stream.encode("utf-8", "replace"), "stream id", "bad_stream")
         named = stream_class or self._classify(stream, events[0].type)
-        wanted = await self._wanted(encryption, tenant, named)
         if session is not None:  # it may hold the stream's row already, so it waits for nobody here
-            return await self._attempts(stream, events, tenant, named, expected_version, session, encryption, wanted)
+            return await self._attempts(stream, events, tenant, named, expected_version, session, encryption)
         async with self._turns.setdefault((tenant, stream), asyncio.Lock()):
-            return await self._attempts(stream, events, tenant, named, expected_version, None, encryption, wanted)
+            return await self._attempts(stream, events, tenant, named, expected_version, None, encryption)
 
     async def _attempts(
         self, stream: str, events: Sequence[NewEvent], tenant: str, named: str, expected_version: ExpectedVersion, session: Any,
-        encryption: EncryptionConfig | None, wanted: Encrypt | None,
+        encryption: EncryptionConfig | None,
     ) -> Appended:  # fmt: skip
         """Seal and append until nobody was faster; other processes, and the sidecar, may be."""
         for attempt in range(ATTEMPTS):
+            wanted = await self._wanted(encryption, tenant, named)
             held = self._keys.in_hand(tenant, stream, wanted) or await self._keys.hold(tenant, stream, named, wanted)
             _check_override(encryption, held)
             try:
                 return await self._append(held, stream, events, tenant, named, expected_version, session)
             except Moved:
                 self._keys.forget(tenant)
+            except AuthenticationFailed:  # plaintext, and somebody has encrypted the stream since it was loaded
+                self._keys.forget_stream(tenant, stream)
+                if held.as_of.epoch is not None or attempt == ATTEMPTS - 1:
+                    raise
             except WrongVersion:
                 self._keys.forget_stream(tenant, stream)
                 if expected_version is not Expected.ANY or attempt == ATTEMPTS - 1:
@@ -237,7 +239,7 @@ class CryptoEventStore:
         out = []
         for position, (event, key, person, (value, content)) in enumerate(zip(events, keys, persons, encoded, strict=True), start=head + 1):
             message_id, at = event.id or str(uuid4()), event.occurred_at or now
-            attributes = orjson.dumps(library_attributes(int(at.timestamp() * 1000), event.metadata, content, value is None, person))
+            attributes = library_attributes(int(at.timestamp() * 1000), event.metadata, content, value is None, person)
             extra = self._extra(held.tenant.id, stream, held.stream.stream_class, event.type)
             aad = _aad(of_stream, position, message_id, event.type, event.schema_version, key.prefix, extra)
             envelope = self._crypto.seal(key.cipher, key.prefix, aad, frame(attributes, value))

@@ -6,6 +6,7 @@ are not what was sealed for this place); not now (the KMS or Postgres is away).
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, cast
 from uuid import UUID
 
@@ -14,32 +15,24 @@ from sidecar.core.envelope import NO_FIELD, PREFIX_BYTES, Header, event_aad, ope
 from sidecar.core.errors import AuthenticationFailed, KeyShredded, KeyUnavailable, RecordError, UnknownKey
 from sidecar.core.keys import Kek, TenantState
 from sidecar.core.model import Erased, Event, Scope, ScopeKind
-from sidecar.core.view import Attributes, guard_stripe, parse_attributes, unframe
+from sidecar.core.view import guard_stripe, parse_attributes, unframe
 from sidecar.keys import KeyManagement, dek_row, kek_row, open_dek
 from sidecar.ledger import LedgerGate
 from sidecar.postgres.connection import Connection, Pool
 from sidecar.postgres.errors import mapped
+from sidecar.postgres.event_store import COLUMNS, event_of
 from sidecar.postgres.keystore import KeyStore
 from sidecar.postgres.shreds import messages_of
 
-_COLUMNS = """
-SELECT m.tenant_id, m.stream_id, m.stream_position, m.message_id, m.message_type, m.schema_version, m.occurred_at, m.data, m.data_encrypted,
-  m.metadata, m.is_tombstone, m.source_id, m.source_partition, m.source_offset, t.topic AS source_topic,
-  s.stream_type_class, s.is_encrypted, s.encrypted_from_position
-FROM messages m LEFT JOIN streams s ON s.tenant_id = m.tenant_id AND s.stream_id = m.stream_id
-LEFT JOIN source_topics t ON t.source_id = m.source_id
-"""
-_OF_STREAM = _COLUMNS + "WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position >= $3 ORDER BY m.stream_position LIMIT $4"
+_OF_STREAM = COLUMNS + "WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position >= $3 ORDER BY m.stream_position LIMIT $4"
 _OF_TENANT = (
-    _COLUMNS
+    COLUMNS
     + """WHERE m.tenant_id = $1 AND m.stream_position >= $3 AND ($2::text IS NULL OR s.stream_type_class = $2)
 ORDER BY m.transaction_id, m.global_position LIMIT $4"""
 )
 _SOMEBODY = Scope(tenant="", kind=ScopeKind.SUBJECT, id="")
-_OF_SUBJECT = _COLUMNS + f"WHERE {messages_of(_SOMEBODY)} AND m.stream_position >= $3 ORDER BY m.transaction_id, m.global_position LIMIT $4"
-BY_SOURCE = (
-    _COLUMNS + "WHERE m.source_id = $1 AND m.source_partition = $2 AND m.source_offset >= $3 AND m.source_offset < $4 ORDER BY m.source_offset"
-)
+_OF_SUBJECT = COLUMNS + f"WHERE {messages_of(_SOMEBODY)} AND m.stream_position >= $3 ORDER BY m.transaction_id, m.global_position LIMIT $4"
+BY_SOURCE = COLUMNS + "WHERE m.source_id = $1 AND m.source_partition = $2 AND m.source_offset >= $3 AND m.source_offset < $4 ORDER BY m.source_offset"
 
 CipherKey = tuple[str, UUID, int, Suite]
 
@@ -53,6 +46,9 @@ class Ciphers:
     def __init__(self, store: KeyStore, keys: KeyManagement) -> None:
         self._store, self._keys = store, keys
         self._known: dict[CipherKey, Cipher | KeyUnavailable | AuthenticationFailed] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
 
     async def load(self, rows: Sequence[Any]) -> None:
         """Unwrap what the rows' envelopes name; calls the KMS. Raises Unavailable: that is not the same as erased."""
@@ -111,52 +107,28 @@ class Ciphers:
 
 def open_row(row: Any, ciphers: Ciphers) -> Event:
     """The event of a row. Raises KeyShredded, UnknownKey, AuthenticationFailed, MalformedEnvelope, UnsupportedEnvelope."""
-    sealed = row["data_encrypted"]
-    if row["stream_type_class"] is None:
-        raise AuthenticationFailed("a row of a stream that is not on record: whether it may be plain cannot be told")
+    event = event_of(row)
+    sealed = event.sealed
     if sealed is None:
-        if row["is_encrypted"] and row["stream_position"] >= (row["encrypted_from_position"] or 1):
-            raise AuthenticationFailed("plaintext stands in an encrypted stream")
-        return _event(row, None if row["is_tombstone"] else bytes(row["data"]), parse_attributes(row["metadata"] or {}))
-    sealed = bytes(sealed)
+        return event
     header = parse_header(sealed)
     aad = event_aad(
-        stream_aad(row["tenant_id"].encode(), row["stream_id"].encode()),
-        row["stream_position"],
-        lp(row["message_id"].encode()),
-        lp(row["message_type"].encode()),
-        row["schema_version"],
+        stream_aad(event.tenant.encode(), event.stream.encode()),
+        event.position,
+        lp(event.message_id.encode()),
+        lp(event.type.encode()),
+        event.schema_version,
         NO_FIELD,
         sealed[:PREFIX_BYTES],
     )
-    plaintext = open_envelope(ciphers.get(row["tenant_id"], header), sealed, aad)
-    attrs, value = unframe(plaintext)
+    attrs, value = unframe(open_envelope(ciphers.get(event.tenant, header), sealed, aad))
     carried = parse_attributes(attrs)
     if carried.is_tombstone != row["is_tombstone"]:
         raise AuthenticationFailed("the row and its sealed attributes disagree about the tombstone")
-    return _event(row, None if carried.is_tombstone else value, carried)
-
-
-def _event(row: Any, value: bytes | None, carried: Attributes) -> Event:
-    source = (row["source_topic"], row["source_partition"], row["source_offset"]) if row["source_topic"] is not None else None
-    return Event(
-        tenant=row["tenant_id"],
-        stream=row["stream_id"],
-        position=row["stream_position"],
-        message_id=row["message_id"],
-        type=row["message_type"],
-        stream_class=row["stream_type_class"] or "",
-        value=value,
-        key=carried.key,
-        timestamp_ms=carried.timestamp_ms,
-        headers=carried.headers,
-        source=source,
-        schema_version=row["schema_version"],
-        occurred_at=row["occurred_at"],
-        subject=carried.subject,
-        metadata=carried.metadata,
-        content=carried.content,
-    )
+    return replace(
+        event, sealed=None, value=None if carried.is_tombstone else value, key=carried.key, timestamp_ms=carried.timestamp_ms,
+        headers=carried.headers, subject=carried.subject, metadata=carried.metadata, content=carried.content,
+    )  # fmt: skip
 
 
 class EventStore:

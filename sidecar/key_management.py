@@ -15,7 +15,7 @@ from uuid import UUID
 from sidecar.clean_up import CleanUp
 from sidecar.core.aead import Cipher, Suite
 from sidecar.core.envelope import Header
-from sidecar.core.errors import CommandRejected, Conflict, KeyUnavailable, RecordRefused, UnknownKey
+from sidecar.core.errors import CommandRejected, Conflict, KeyUnavailable, RecordRefused, StoreUnavailable, UnknownKey
 from sidecar.core.keys import UseLimits
 from sidecar.core.model import Scope, ScopeKind, tenant_id
 from sidecar.core.policy import Encrypt, PolicySet, Unmatched
@@ -25,10 +25,10 @@ from sidecar.event_store import Ciphers
 from sidecar.keys import KeyManagement
 from sidecar.ledger import LedgerGate
 from sidecar.ports import Clock
-from sidecar.postgres import audit, holds, shreds
+from sidecar.postgres import audit, guard, holds, shreds
 from sidecar.postgres import fresh as fresh_rows
 from sidecar.postgres.connection import Pool, transaction
-from sidecar.postgres.errors import Moved
+from sidecar.postgres.errors import Moved, mapped
 from sidecar.postgres.event_store import SealedFor
 from sidecar.postgres.keystore import KeyStore
 from sidecar.streams import Streams
@@ -69,12 +69,14 @@ class KeyManagementService:
         limits: UseLimits | None = None,
         ledger: LedgerGate | None = None,
     ) -> None:
-        self._ledger = ledger
+        self._ledger, self._max = ledger, max_streams
         self._limits = limits or UseLimits()
         self._pool, self._keys, self._clock, self._writer, self._unmatched = pool, keys, clock, writer, unmatched
         self._store = KeyStore(pool)
         self._streams = Streams(self._store, keys, max_streams=max_streams, limits=self._limits)
         self._opening: dict[str, tuple[int, Ciphers]] = {}
+        self._opened = 0
+        """How many ciphers came into it: beyond `max_streams` it begins anew."""
         self._policies: PolicySet | None = None
         self._making = asyncio.Lock()
         self._marked: set[tuple[str, int]] = set()
@@ -94,11 +96,18 @@ class KeyManagementService:
         self._opening.pop(tenant, None)
         self._policies = None
 
+    def forget_all(self) -> None:
+        """Whatever may have moved."""
+        self._streams.discard_all()
+        self._opening.clear()
+        self._policies = None
+
     async def _check_ledger(self) -> None:
         """Nothing is sealed or opened from a database that lacks what the ledger has. Raises LedgerBehind; remembers for a while that all is well."""
         if self._ledger is not None:
-            async with self._pool.acquire() as connection:
-                await self._ledger.check(connection)  # type: ignore[arg-type]
+            with mapped():
+                async with self._pool.acquire() as connection:
+                    await self._ledger.check(connection)  # type: ignore[arg-type]
 
     def forget_stream(self, tenant: str, stream: str) -> None:
         """Its head or its class is not what it was."""
@@ -113,14 +122,14 @@ class KeyManagementService:
         What a stream's texts need is remembered apart: its events may be plain.
         """
         held = self._streams.tenants.get(tenant.encode())
-        if held is None or not held.exists or self._policies is None:
+        if held is None or not held.exists or held.refusal or self._policies is None:
             return None
         found = self._streams.find(held, _raw(stream, text))
-        if found is None:
-            return None
+        if found is None or found.refusal:
+            return None  # a refusal may have been lifted since: `hold` says
         decision = wanted or self._policies.decide(tenant, found.stream_class)
         now = found.by_subject or found.key
-        if found.refusal is None and isinstance(decision, Encrypt) and (now is None or now.suite is not decision.suite):
+        if isinstance(decision, Encrypt) and (now is None or now.suite is not decision.suite):
             return None
         return self._held(held, found, self._policies, wanted)
 
@@ -140,10 +149,20 @@ class KeyManagementService:
                 if held is not None:
                     return held
                 try:
+                    await self._refuse_again(tenant, _raw(stream, text))
                     return await self._load(tenant, stream, stream_class, wanted, text)
                 except Conflict:
                     self.forget(tenant)
         raise Conflict("others keep changing this tenant's keys; try again")
+
+    async def _refuse_again(self, name: str, raw: bytes) -> None:
+        """What was refused before, if nothing has changed since. Raises RecordRefused, or Moved: a fence may be lifted, a policy another."""
+        tenant = self._streams.tenants.get(name.encode())
+        stream = None if tenant is None else self._streams.find(tenant, raw)
+        refusal = tenant and (tenant.refusal or (stream and stream.refusal))
+        if tenant is not None and refusal and self._policies is not None:
+            async with self.verified(name, SealedFor(epoch=tenant.epoch, policy_version=self._policies.version)):
+                raise RecordRefused(refusal)
 
     async def clean_up(self, older_than: timedelta, tenant: str | None = None) -> int:
         """Destroy versions retired longer ago than that which nothing stored needs. -> how many. Raises AccessDenied without the control role."""
@@ -164,11 +183,10 @@ class KeyManagementService:
         return True
 
     async def hold_for_text(self, tenant: str, stream: str, stream_class: str) -> Held:
-        """Of text that is kept outside the store: under the key that the stream's events have, under one of the stream where policy leaves them plain."""
-        wanted = (await self.policies()).decide(tenant, stream_class)
-        if not isinstance(wanted, Encrypt) or wanted.key_scope is ScopeKind.SUBJECT:
-            wanted = Encrypt(Suite.AES_256_GCM, ScopeKind.STREAM)
-        return await self.hold(tenant, stream, stream_class, wanted, text=True)
+        """Of text that is kept outside the store: always under a key of the stream alone. Nobody else knows which streams' texts a shared key seals."""
+        decision = (await self.policies()).decide(tenant, stream_class)
+        suite = decision.suite if isinstance(decision, Encrypt) else Suite.AES_256_GCM
+        return await self.hold(tenant, stream, stream_class, Encrypt(suite, ScopeKind.STREAM), text=True)
 
     async def sealing_keys(self, held: Held, persons: Sequence[str | None]) -> list[SealingKey]:
         """A key per event, with room to seal: the stream's, or its person's. Raises RecordRefused for a person who was erased, KeyExhausted."""
@@ -213,19 +231,23 @@ class KeyManagementService:
         await self._check_ledger()
         policies, raw = await self.policies(), tenant_id(name).encode()
         fresh = Fresh()
-        if raw not in self._streams.tenants:
+        if warm := raw in self._streams.tenants:
+            self._streams.tenants[raw].streams.pop(_raw(stream, text), None)
+        else:
             await self._streams.load_tenants([name])
         tenant = self._streams.tenants.get(raw)
         if tenant is None:
             raise Conflict("the tenant was forgotten meanwhile")
-        tenant.streams.pop(_raw(stream, text), None)
         try:
             if tenant.refusal is None:
                 decisions = policies if wanted is None else policies.overridden(wanted)
                 await self._streams.load_streams([Touch(tenant, _raw(stream, text), stream, stream_class)], decisions, fresh)
                 await self._record(tenant, fresh)
-        except BaseException:
+        except BaseException as error:
+            stale = warm or self._streams.tenants.get(raw) is not tenant
             self._streams.discard([name])  # what was made and not recorded is nobody's key
+            if stale and isinstance(error, KeyUnavailable):
+                raise Conflict("the tenant was forgotten meanwhile, or its key was made by others since it was loaded") from None
             raise
         self._streams.age()
         if tenant.refusal:
@@ -278,6 +300,8 @@ class KeyManagementService:
                 if int(marked.rpartition(" ")[2]) != len(unmarked):
                     raise Moved
             yield
+        if len(self._marked) + len(keys) > self._max:
+            self._marked.clear()  # they are marked again, to no effect
         self._marked |= set(keys)
 
     async def opening(self, tenant: str, headers: Sequence[Header]) -> tuple[int | None, Ciphers]:
@@ -285,11 +309,16 @@ class KeyManagementService:
         await self._check_ledger()
         known = self._opening.get(tenant)
         if known is None:
-            epoch: int | None = await self._pool.fetchval("SELECT epoch FROM tenants WHERE tenant_id = $1", tenant)
-            if epoch is None:
+            found = await self._store.fetch("SELECT epoch FROM tenants WHERE tenant_id = $1", tenant)
+            if not found:
                 return None, Ciphers(self._store, self._keys)
-            known = self._opening.setdefault(tenant, (epoch, Ciphers(self._store, self._keys)))
+            known = self._opening.setdefault(tenant, (found[0]["epoch"], Ciphers(self._store, self._keys)))
+        before = len(known[1])
         await known[1].load_headers(tenant, headers)
+        self._opened += len(known[1]) - before
+        if self._opened > self._max:
+            self._opened = 0
+            self._opening.clear()
         return known
 
     # the plan's operations
@@ -312,7 +341,10 @@ class KeyManagementService:
             self.forget(tenant)
 
     async def rotate_key(self, scope: Scope, *, actor: str = "library") -> int:
-        """Retire the scope's live keys: none seals anything after this call; each gets its next version at its next write. -> how many."""
+        """Retire the scope's live keys: none seals anything after this call; each gets its next version at its next write. -> how many.
+
+        Raises StoreUnavailable where a batch, or a session of the caller's own, holds the tenant for longer than a second.
+        """
         async with self._making:  # who is loading these keys now gets done first
             names = await self._retire(scope, actor)
             self.forget(scope.tenant)
@@ -320,7 +352,8 @@ class KeyManagementService:
 
     async def _retire(self, scope: Scope, actor: str) -> list[str]:
         async with transaction(self._pool) as connection:
-            await connection.execute("SELECT pg_advisory_xact_lock(1, $1)", guard_stripe(scope.tenant))
+            if not await guard.take(connection, scope.tenant):
+                raise StoreUnavailable("a batch did not let go of the tenant in time; try again")  # nobody is ended for a rotation
             tenant = await shreds.lock_tenant(connection, scope.tenant)
             if tenant.state != "active":
                 raise RecordRefused("tenant_shredded")

@@ -9,11 +9,13 @@ async with open_library(load(Path("sidecar.yaml"))) as library:
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from typing import Final
 
-from sidecar import topics
+from sidecar import telemetry, topics
 from sidecar.consumer import EventConsumer
+from sidecar.core.errors import SidecarError
 from sidecar.core.policy import Classifier
 from sidecar.crypto_shredding import CryptoShreddingService
 from sidecar.crypto_store import CryptoEventStore, create_crypto_event_store
@@ -23,13 +25,17 @@ from sidecar.key_management import KeyManagementService
 from sidecar.keys import KeyManagement
 from sidecar.kms import check_identity, open_for
 from sidecar.ledger import LedgerGate
+from sidecar.memory import no_core_dumps
 from sidecar.policies import EncryptionPolicyService
 from sidecar.postgres import migrations
 from sidecar.postgres.connection import Pool, connected, open_pool
+from sidecar.postgres.errors import mapped
 from sidecar.postgres.event_store import PostgresEventStore
 from sidecar.sending import Sender
 from sidecar.settings import Settings
 from sidecar.steps import SystemClock
+
+MAX_CONSUMERS: Final = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,18 +47,21 @@ class Library:
     keys: KeyManagementService
     policies: EncryptionPolicyService
     shredding: CryptoShreddingService
+    sessions: Pool
+    """Of consumers, which keep a connection each."""
 
     def consumer(self, name: str, *, tenant: str | None = None, classes: Sequence[str] | None = None) -> EventConsumer:
         """A subscription of that name, whose handler gets opened events and `Erased`."""
-        return EventConsumer(name, self.plain, decrypt=self.store.decrypt, tenant=tenant, classes=classes)
+        return EventConsumer(name, self.plain, decrypt=self.store.decrypt, tenant=tenant, classes=classes, sessions=self.sessions)
 
 
 @asynccontextmanager
 async def open_library(settings: Settings, *, max_connections: int = 10, writer: str | None = None) -> AsyncIterator[Library]:
     """Connect as the data plane's role; closed at the end of the block. `writer` names this process in the audit trail: stable and its own.
 
-    Raises ConfigurationError, StoreUnavailable, KmsUnavailable.
+    From then on this process leaves no core dump: it would hold keys. Raises ConfigurationError, StoreUnavailable, KmsUnavailable.
     """
+    no_core_dumps()
     name, dsn = writer or f"library-{socket.gethostname()}", settings.postgres.for_role("data")
     kms = open_for(settings.kms, "data")
     await check_identity(kms, "data", production=settings.profile == "production")
@@ -63,14 +72,37 @@ async def open_library(settings: Settings, *, max_connections: int = 10, writer:
     # Keys have connections of their own: an append that holds one of the store's must not wait for another that does the same.
     pool = await open_pool(dsn, application_name=name, max_size=max_connections)
     key_pool = await open_pool(dsn, application_name=f"{name} keys", max_size=4)
+    sessions = await open_pool(dsn, application_name=f"{name} consumers", max_size=MAX_CONSUMERS)
+    library = _put_together(settings, name, KeyManagement(kms, dedicated=settings.kms.dedicated), pool, key_pool, sessions)
+    news = asyncio.create_task(_forget_what_changed(dsn, name, library.keys))
     try:
-        yield _put_together(settings, name, kms_keys=KeyManagement(kms, dedicated=settings.kms.dedicated), pool=pool, key_pool=key_pool)
+        yield library
     finally:
-        await pool.close()
-        await key_pool.close()
+        news.cancel()
+        with suppress(asyncio.CancelledError):
+            await news
+        for opened in (pool, key_pool, sessions):
+            await opened.close()
 
 
-def _put_together(settings: Settings, name: str, *, kms_keys: KeyManagement, pool: Pool, key_pool: Pool) -> Library:
+async def _forget_what_changed(dsn: str, name: str, keys: KeyManagementService) -> None:
+    """A tenant's keys leave this process when its epoch moves, also where nothing asks for them again. Correctness does not depend on this."""
+    while True:
+        try:
+            async with connected(dsn, application_name=f"{name} news") as connection:
+                with mapped():
+                    await connection.add_listener("sidecar_tenant_epoch", lambda *news: keys.forget(str(news[3])))
+                    keys.forget_all()  # what moved before it listened
+                    while True:
+                        await connection.execute("SELECT")  # an end of the connection shows here
+                        await asyncio.sleep(1)
+        except (SidecarError, OSError) as error:
+            keys.forget_all()
+            telemetry.log.warning("no news of changed tenants", extra={"action": "listen", "error": error})
+            await asyncio.sleep(1)
+
+
+def _put_together(settings: Settings, name: str, kms_keys: KeyManagement, pool: Pool, key_pool: Pool, sessions: Pool) -> Library:
     clock, limits = SystemClock(), settings.limits
     keys = KeyManagementService(
         key_pool, kms_keys, clock=clock, writer=name, unmatched=settings.policies.unmatched,
@@ -85,9 +117,10 @@ def _put_together(settings: Settings, name: str, *, kms_keys: KeyManagement, poo
 
     plain = PostgresEventStore(pool)
     return Library(
+        sessions=sessions,
         store=create_crypto_event_store(plain, keys=keys, policy=classify),
         plain=plain,
         keys=keys,
         policies=EncryptionPolicyService(key_pool, clock, unmatched=settings.policies.unmatched, classify=classify),
-        shredding=CryptoShreddingService(keys, clock, send=Sender(settings, key_pool, clock), classify=classify),
+        shredding=CryptoShreddingService(keys, clock, send=Sender(settings, clock), classify=classify),
     )

@@ -6,30 +6,28 @@ import socket
 import time
 from datetime import timedelta
 from typing import Any, Final
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from sidecar.core import dsse
-from sidecar.core.command import PAYLOAD_TYPE, compose
+from sidecar.core.command import PAYLOAD_TYPE, compose, final_statuses
 from sidecar.core.errors import BrokerUnavailable
 from sidecar.core.model import Scope
 from sidecar.kafka.receipts import publish_command
 from sidecar.ports import Clock
 from sidecar.postgres import commands
-from sidecar.postgres.connection import Pool
+from sidecar.postgres.connection import connected
 from sidecar.settings import Settings
 from sidecar.signing import load_signer
 
 VALID_FOR: Final = timedelta(days=1)
 WAIT_SECONDS: Final = 30.0
-FINAL: Final = {"shred": ("inaccessible", "complete", "done", "rejected", "failed")}
-FINAL_OF_OTHERS: Final = ("done", "rejected", "failed")
 
 
 class Sender:
-    """`control.issuer_key` signs, where there is one; receipts are read from the database."""
+    """`control.issuer_key` signs, where there is one; receipts are read from the database, as a reader."""
 
-    def __init__(self, settings: Settings, pool: Pool, clock: Clock) -> None:
-        self._settings, self._pool, self._clock = settings, pool, clock
+    def __init__(self, settings: Settings, clock: Clock) -> None:
+        self._settings, self._clock = settings, clock
 
     async def __call__(self, op: str, scope: Scope, reason: str, options: dict[str, Any]) -> dict[str, Any]:
         """The final receipt, whatever it says. Raises BrokerUnavailable if none came in time: the command may still be carried out."""
@@ -40,15 +38,27 @@ class Sender:
         )  # fmt: skip
         key = self._settings.control.issuer_key
         value = dsse.sign(PAYLOAD_TYPE, payload, [load_signer(key)]).to_bytes() if key else payload
-        await asyncio.to_thread(publish_command, self._settings, scope.tenant, value)
-        final, deadline = FINAL.get(op, FINAL_OF_OTHERS), time.monotonic() + WAIT_SECONDS
-        while time.monotonic() < deadline:
-            async with self._pool.acquire() as connection:
-                found = await commands.receipt(connection, command_id)  # type: ignore[arg-type]
-            if found is not None and found["status"] in final:
+        found = await publish_and_wait(self._settings, scope.tenant, command_id, value, final_statuses(op), WAIT_SECONDS)
+        if found is None or found["status"] not in final_statuses(op):
+            raise BrokerUnavailable(f"no final receipt of command {command_id} within {WAIT_SECONDS:g} s; is `sidecar control` running?")
+        return found
+
+
+async def publish_and_wait(
+    settings: Settings, tenant: str, command_id: UUID, value: bytes, final: tuple[str, ...], wait: float
+) -> dict[str, Any] | None:  # fmt: skip
+    """The newest receipt, final or what there is when the time is up. Whether receipts can be read shows before anything is sent."""
+    async with connected(settings.postgres.for_role("reader"), application_name="sidecar commands") as connection:
+        earlier = await commands.refusals(connection, command_id)
+        await asyncio.to_thread(publish_command, settings, tenant, value)
+        deadline = time.monotonic() + wait
+        while True:
+            found = await commands.receipt(connection, command_id)
+            if found is not None and found["receipt_id"] in earlier:
+                found = None  # of a record with fewer signatures
+            if (found is not None and found["status"] in final) or time.monotonic() > deadline:
                 return found
             await asyncio.sleep(0.02)
-        raise BrokerUnavailable(f"no final receipt of command {command_id} within {WAIT_SECONDS:g} s; is `sidecar control` running?")
 
 
 def _who() -> str:

@@ -78,9 +78,10 @@ class Streams:
         found = {row["tenant_id"]: row for row in rows}
         if len(found) < len(names):
             await self.store.ask_the_ledger(tenants=[name for name in names if name not in found])
+        loaded: dict[bytes, Tenant] = {}
         for name in names:
             row, raw = found.get(name), name.encode()
-            self.tenants[raw] = Tenant(
+            loaded[raw] = Tenant(
                 id=name,
                 id_lp=lp(raw),
                 aad=lp(EVENT_DOMAIN, raw),
@@ -94,12 +95,13 @@ class Streams:
         # Read after the tenants: a shred in between moved the epoch, so the batch is not stored with what is missing here.
         shredded_once = {row["tenant_id"] for row in rows if row["has_barriers"]}
         for barrier in await self.store.barriers(sorted(shredded_once)) if shredded_once else ():
-            of_scope = self.tenants[barrier["tenant_id"].encode()].barriers.setdefault((barrier["scope_kind"], barrier["scope_id"]), {})
+            of_scope = loaded[barrier["tenant_id"].encode()].barriers.setdefault((barrier["scope_kind"], barrier["scope_id"]), {})
             of_scope[barrier["source_id"], barrier["partition"]] = barrier["end_offset"]
         for record in rows:
             if record["kek_version"] is not None and record["state"] == TenantState.ACTIVE:
-                tenant = self.tenants[record["tenant_id"].encode()]
+                tenant = loaded[record["tenant_id"].encode()]
                 tenant.keks[record["kek_version"]] = await self._keys.open_kek(kek_row(record))
+        self.tenants |= loaded  # whole, or not at all
 
     async def load_streams(self, touches: list[Touch], policies: PolicySet, fresh: Fresh) -> None:
         """Heads, decisions and sealing keys of streams that are not in hand. May call the KMS; raises Unavailable."""

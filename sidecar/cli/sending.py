@@ -1,8 +1,6 @@
 """How a command leaves the command line: composed, signed, published or written to a file, and its receipt waited for."""
 
-import asyncio
 import os
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,20 +10,15 @@ import typer
 
 from sidecar.cli.context import Cli, Exit, run_async, say, who
 from sidecar.core import dsse
-from sidecar.core.command import PAYLOAD_TYPE, Command, check, compose, opened
+from sidecar.core.command import NOT_ALLOWED, PAYLOAD_TYPE, Command, check, compose, final_statuses, opened
 from sidecar.core.dsse import Signer
 from sidecar.core.errors import CommandRejected, MalformedRecord
 from sidecar.core.model import Scope, ScopeKind, duration_ms, identifier, tenant_id
 from sidecar.kafka.receipts import publish_command
-from sidecar.postgres import commands
-from sidecar.postgres.connection import connected
-from sidecar.settings import Settings
+from sidecar.sending import VALID_FOR, publish_and_wait
 from sidecar.signing import load_signer
 
-VALID_FOR = timedelta(days=1)
 KEY_VARIABLE = "SIDECAR_ISSUER_KEY"
-_FINAL = {"shred": ("inaccessible", "complete", "done", "rejected", "failed")}
-_NOT_ALLOWED = ("unsigned", "bad_signature", "unknown_issuer", "not_permitted", "approvals_missing", "legal_hold")
 
 Tenant = Annotated[str, typer.Option(help="Whose data.")]
 Stream = Annotated[str | None, typer.Option(help="Only this stream of the tenant.")]
@@ -101,8 +94,8 @@ def publish(where: Cli, command: Command, value: bytes, wait: float | None) -> i
         publish_command(where.settings, command.scope.tenant, value)
         where.show({"command_id": str(command.command_id)})
         return Exit.DONE
-    final = _FINAL.get(command.op, ("done", "rejected", "failed"))
-    found = run_async(_publish_and_wait(where.settings, command, value, final, wait))
+    final = final_statuses(command.op)
+    found = run_async(publish_and_wait(where.settings, command.scope.tenant, command.command_id, value, final, wait))
     where.show(found or {"command_id": str(command.command_id)})
     if found is None or found["status"] not in final:
         say(f"no final receipt within {wait:g} s; `sidecar receipts get {command.command_id}` shows it when it comes")
@@ -110,20 +103,5 @@ def publish(where: Cli, command: Command, value: bytes, wait: float | None) -> i
     if found["status"] in ("rejected", "failed"):
         error = found["error"] or {}
         say(f"{found['status']}: {error.get('message')} ({error.get('code')})")
-        return Exit.DENIED if error.get("code") in _NOT_ALLOWED else Exit.FAILED
+        return Exit.DENIED if error.get("code") in NOT_ALLOWED else Exit.FAILED
     return Exit.DONE
-
-
-async def _publish_and_wait(settings: Settings, command: Command, value: bytes, final: tuple[str, ...], wait: float) -> dict[str, Any] | None:
-    """The newest receipt, final or what there is when the time is up."""
-    async with connected(settings.postgres.for_role("reader"), application_name="sidecar cli") as connection:
-        earlier = await commands.refusals(connection, command.command_id)
-        await asyncio.to_thread(publish_command, settings, command.scope.tenant, value)
-        deadline = time.monotonic() + wait
-        while True:
-            found = await commands.receipt(connection, command.command_id)
-            if found is not None and found["receipt_id"] in earlier:
-                found = None  # of a record with fewer signatures
-            if (found is not None and found["status"] in final) or time.monotonic() > deadline:
-                return found
-            await asyncio.sleep(0.02)

@@ -60,7 +60,7 @@ class Suite(IntEnum):
 
     def taking(self, key: bytearray) -> Cipher:
         """A cipher of that key itself, which is wiped. Raises ConfigurationError where the library cannot bear that."""
-        cipher = _copying(_CIPHERS[self])(key)  # into OpenSSL's context, which cleanses itself
+        cipher = _copying(_CIPHERS[self])(key)  # type: ignore[arg-type]  # into OpenSSL's context, which cleanses itself
         wipe(key)
         return cipher
 

@@ -32,6 +32,13 @@ MAX_TEXT = 1000
 MAX_GRACE_MS = 30 * 86_400_000
 
 Status = Literal["rejected", "accepted", "done", "inaccessible", "complete", "failed"]
+NOT_ALLOWED = ("unsigned", "bad_signature", "unknown_issuer", "not_permitted", "approvals_missing", "legal_hold")
+"""Codes of errors on receipts that say: you may not, or not now."""
+
+
+def final_statuses(op: str) -> tuple[str, ...]:
+    """Behind which nobody who waits for a receipt waits on: a shred's residue goes on in the background."""
+    return ("inaccessible", "complete", "done", "rejected", "failed") if op == "shred" else ("done", "rejected", "failed")
 
 
 class _Strict(BaseModel):

@@ -48,6 +48,12 @@ class NewEvent:
     subject: str | None = None
     sealed: bytes | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.occurred_at is not None and self.occurred_at.tzinfo is None:
+            raise MalformedRecord("an event's time needs a time zone")
+        if not 0 < self.schema_version < 2**31:
+            raise MalformedRecord("a schema version is a positive number of 31 bits")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Appended:

@@ -14,7 +14,7 @@ from zlib import crc32
 
 import orjson
 
-from sidecar.core.errors import MalformedEnvelope
+from sidecar.core.errors import MalformedEnvelope, MalformedRecord
 from sidecar.core.model import Headers
 
 ERASED_TYPE = "io.sidecar.erased.v1"
@@ -88,8 +88,8 @@ def attributes(key: bytes | None, timestamp_ms: int, headers: Headers, is_tombst
     return orjson.dumps(out)
 
 
-def library_attributes(timestamp_ms: int, metadata: Mapping[str, Any], content: str, is_tombstone: bool, subject: str | None) -> dict[str, Any]:
-    """Of an event that an application appended, before it is JSON."""
+def library_attributes(timestamp_ms: int, metadata: Mapping[str, Any], content: str, is_tombstone: bool, subject: str | None) -> bytes:
+    """Of an event that an application appended, as JSON. Raises MalformedRecord for metadata that are none, and does not quote them."""
     out: dict[str, Any] = {"key": None, "timestamp": timestamp_ms, "content": content}
     if metadata:
         out["metadata"] = dict(metadata)
@@ -97,7 +97,10 @@ def library_attributes(timestamp_ms: int, metadata: Mapping[str, Any], content: 
         out["tombstone"] = True
     if subject is not None:
         out["subject"] = subject
-    return out
+    try:
+        return orjson.dumps(out)
+    except TypeError:
+        raise MalformedRecord("an event's metadata are what JSON can hold") from None
 
 
 def _name(name: str) -> str | dict[str, str]:

@@ -19,7 +19,8 @@ else:
 
 
 def _encode_json(value: Any) -> str:
-    return orjson.dumps(value).decode()
+    """Bytes are JSON already."""
+    return value.decode() if isinstance(value, bytes) else orjson.dumps(value).decode()
 
 
 async def _prepare(connection: Any) -> None:

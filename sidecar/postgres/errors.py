@@ -10,7 +10,7 @@ from sidecar.core.errors import AccessDenied, AuthenticationFailed, Conflict, Re
 
 FENCED = "KS001"
 """SQLSTATE of `begin_batch` when a lease is somebody else's."""
-REFUSED, MOVED, PLAINTEXT, VERSION = "KS002", "KS003", "KS004", "KS005"
+REFUSED, MOVED, PLAINTEXT, VERSION, FORETOLD = "KS002", "KS003", "KS004", "KS005", "KS006"
 """SQLSTATEs of `append_events`."""
 
 
@@ -20,6 +20,10 @@ class Fenced(Conflict):
 
 class Moved(Conflict):
     """The tenant's epoch or the policies are not those that the events were sealed with: reload the keys, seal again."""
+
+
+class Foretold(StoreUnavailable):
+    """The ledger has entries of a scope whose name is new to this database: the control plane must apply them first."""
 
 
 _CONFLICT = (
@@ -51,6 +55,7 @@ _OURS: dict[str, Callable[[BaseException], SidecarError]] = {
     MOVED: lambda _: Moved(),
     PLAINTEXT: lambda _: AuthenticationFailed("plaintext for an encrypted stream"),
     VERSION: lambda error: WrongVersion(str(error)),
+    FORETOLD: lambda error: Foretold(str(error)),
 }
 
 

@@ -4,6 +4,7 @@ Knows nothing of keys. An encrypted event is to it an envelope, kept as bytes an
 what is appended here the sidecar can open.
 """
 
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, Final, TypeVar, cast
 from uuid import uuid4
 
 from sidecar.core.errors import AuthenticationFailed, Conflict, MalformedRecord, RecordError, StreamErased, WrongVersion
-from sidecar.core.model import UNCLASSIFIED, Erased, Event, identifier, tenant_id
+from sidecar.core.model import UNCLASSIFIED, Erased, Event, Scope, ScopeKind, identifier, tenant_id
 from sidecar.core.store import (
     DEFAULT_TENANT,
     Aggregated,
@@ -27,8 +28,9 @@ from sidecar.core.store import (
     encode,
 )
 from sidecar.core.view import guard_stripe, library_attributes, parse_attributes
+from sidecar.postgres import replays
 from sidecar.postgres.connection import Connection, Pool, transaction
-from sidecar.postgres.errors import mapped
+from sidecar.postgres.errors import Foretold, mapped
 
 State = TypeVar("State")
 ATTEMPTS: Final = 20
@@ -53,6 +55,7 @@ ORDER BY m.transaction_id, m.global_position LIMIT $5"""
 )
 _APPEND = "SELECT * FROM append_events($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)"
 _LAST: Final = 2**63 - 1
+_NUL: Final = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,9 @@ class PostgresEventStore:
                 return await self._append(arguments, session)
             except WrongVersion:
                 raise
+            except Foretold:
+                await self._ask_the_ledger(tenant, stream, stream_class or UNCLASSIFIED)
+                raise
             except Conflict as conflict:
                 again = type(conflict) is Conflict and session is None and arguments[4] < 0 and sealed_for is None
                 if not again or attempt == ATTEMPTS - 1:
@@ -117,6 +123,12 @@ class PostgresEventStore:
                     row = await connection.fetchrow(_APPEND, *arguments)
         found: Any = row
         return Appended(first=found["first"], last=found["last"], created=found["created"])
+
+    async def _ask_the_ledger(self, tenant: str, stream: str, stream_class: str) -> None:
+        """In a transaction of its own: the append's is lost."""
+        of = {ScopeKind.TENANT: tenant, ScopeKind.STREAM: stream, ScopeKind.CLASS: stream_class}
+        async with transaction(self.pool) as connection:
+            await replays.ask(connection, [Scope(tenant=tenant, kind=kind, id=id) for kind, id in of.items()])
 
     async def read_stream(
         self,
@@ -199,6 +211,8 @@ def _row(event: NewEvent, now: datetime) -> tuple[Any, ...]:
         return (*head, None, event.sealed, None, bool(event.metadata["enc"].get("tombstone")))
     value, content = encode(event.data)
     attributes = library_attributes(int(head[3].timestamp() * 1000), event.metadata, content, value is None, event.subject)
+    if _NUL.search(attributes):
+        raise MalformedRecord("an event's metadata hold a NUL, which Postgres cannot keep")
     return (*head, value, None, attributes, value is None)
 
 
@@ -211,10 +225,12 @@ def _readable(row: Any) -> Event | Unreadable:
 
 def event_of(row: Any) -> Event:
     """The event of a row, unopened where it is encrypted. Raises AuthenticationFailed for plaintext in an encrypted stream."""
+    if row["stream_type_class"] is None:
+        raise AuthenticationFailed("a row of a stream that is not on record: whether it may be plain cannot be told")
     source = (row["source_topic"], row["source_partition"], row["source_offset"]) if row["source_topic"] is not None else None
     common: dict[str, Any] = {
         "tenant": row["tenant_id"], "stream": row["stream_id"], "position": row["stream_position"], "message_id": row["message_id"],
-        "type": row["message_type"], "stream_class": row["stream_type_class"] or "", "source": source,
+        "type": row["message_type"], "stream_class": row["stream_type_class"], "source": source,
         "schema_version": row["schema_version"], "occurred_at": row["occurred_at"],
     }  # fmt: skip
     sealed = row["data_encrypted"]

@@ -11,11 +11,13 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
+from sidecar import Erased, Event, NewEvent, open_library
 from sidecar.core.audit import tenant_ref
 from sidecar.core.errors import AccessDenied
 from sidecar.postgres import roles
 from sidecar.postgres.connection import connect
 from sidecar.postgres.errors import mapped
+from sidecar.settings import load
 from tests.acceptance.world import World, blocking
 
 
@@ -110,6 +112,29 @@ def test_both_planes_work_under_their_own_roles(made: Roles) -> None:
     for words in (("receipts", "list"), ("audit", "tail"), ("audit", "verify"), ("status",), ("dlq", "list"), ("holds", "list"), ("policy", "list")):
         world.json(*words)
     world.json("db", "migrate")
+
+
+def test_a_library_under_the_data_planes_role_is_forgotten_by_command_and_may_destroy_nothing_itself(made: Roles) -> None:
+    world = made.world
+    world.control()
+
+    async def main() -> None:
+        async with open_library(load(world.config), writer="library-test") as library:
+            for stream in ("aes-1", "aes-2"):
+                await library.store.append_to_stream(stream, [NewEvent(type="T", data="x")], tenant="acme")
+            receipt = await library.shredding.forget_stream_data("aes-1", "acme", reason="r")
+            assert (receipt["status"], receipt["events"]["unreadable"]) == ("inaccessible", 1)
+            assert [type(held) for held in (await library.store.read_stream("aes-1", tenant="acme")).events] == [Erased]
+            assert [type(held) for held in (await library.store.read_stream("aes-2", tenant="acme")).events] == [Event]
+            for denied in (
+                library.shredding.rotate_stream_key("aes-2", "acme"),
+                library.policies.delete_policy("default-cart-data", actor="a", reason="r"),
+            ):
+                with pytest.raises(AccessDenied):
+                    await denied
+            assert await library.shredding.is_data_forgettable("acme")
+
+    blocking(main)
 
 
 def test_a_data_plane_that_holds_on_to_the_guard_is_fenced_by_a_control_role(made: Roles) -> None:

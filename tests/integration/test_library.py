@@ -1,15 +1,12 @@
 """The library as an application uses it: services, policies, text, being forgotten; each against a real database and control plane."""
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import sidecar
-from sidecar import EncryptionConfig, Erased, Event, Library, NewEvent, PolicySpec, open_library
+from sidecar import EncryptionConfig, Erased, Event, Library, NewEvent, PolicySpec
 from sidecar.core.errors import (
     AccessDenied,
     AuthenticationFailed,
@@ -21,34 +18,8 @@ from sidecar.core.errors import (
     UnknownKey,
 )
 from sidecar.core.model import Scope, ScopeKind
-from sidecar.kms.file import create_key_file
-from sidecar.settings import Settings, load
+from sidecar.settings import Settings
 from sidecar.testing import control_plane as kit
-from sidecar.testing.local_stack import LocalStack
-
-
-@pytest.fixture
-def settings(local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str]) -> Settings:
-    name = unique("lib")
-    create_key_file(tmp_path / "kek")
-    document: dict[str, Any] = {
-        "deployment": name,
-        "kafka": {"bootstrap_servers": local_stack.bootstrap_servers},
-        "postgres": {"dsn": database},
-        "kms": {"uri": "file:./kek"},
-        "classes": [{"class": "CartData", "when": {"stream": "cart-*"}}, {"class": "Person", "when": {"stream": "person-*"}}],
-        "control": {"topic": f"{name}.control", "receipts": f"{name}.receipts", "ledger": f"{name}.ledger", "allow_unsigned": True},
-        "audit": {"topic": f"{name}.audit"},
-        "http": {"port": 0},
-    }
-    (tmp_path / "sidecar.yaml").write_text(json.dumps(document))
-    return load(tmp_path / "sidecar.yaml")
-
-
-@pytest.fixture
-async def library(settings: Settings) -> AsyncIterator[Library]:
-    async with open_library(settings, writer="library-test") as opened:
-        yield opened
 
 
 def test_every_name_that_is_promised_can_be_imported() -> None:

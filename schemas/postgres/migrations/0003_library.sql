@@ -6,7 +6,7 @@ CREATE INDEX dead_letters_sealed ON dead_letters (tenant_id) WHERE value_encrypt
 -- `expected`: a version (0: no stream yet), -1 any, -2 the stream exists. `epoch`: the tenant's, as of the keys that the events were sealed
 -- with (0: there was no tenant yet); NULL for plain events.
 -- Raises KS002 refused, KS003 the tenant or its policy has changed since (reload the keys), KS004 plaintext for an encrypted stream,
--- KS005 the stream is not at the expected version. A unique violation means that the data plane wrote in between: try again.
+-- KS005 the stream is not at the expected version, KS006 the ledger has entries of a name that is new here: ask, wait. A unique violation means that the data plane wrote in between: try again.
 CREATE FUNCTION append_events(
   stripe INT, tenant TEXT, stream TEXT, stream_class TEXT, expected BIGINT, epoch BIGINT, policies BIGINT,
   ids TEXT[], types TEXT[], schema_versions INT[], occurred TIMESTAMPTZ[], plain BYTEA[], sealed BYTEA[], attributes JSONB[], tombstones BOOLEAN[],
@@ -18,6 +18,9 @@ BEGIN
   SELECT x.state, x.epoch INTO t FROM tenants x WHERE x.tenant_id = tenant;
   IF NOT FOUND THEN
     IF epoch > 0 THEN RAISE EXCEPTION 'the tenant is gone' USING ERRCODE = 'KS003'; END IF;
+    IF EXISTS (SELECT FROM ledger l WHERE l.tenant_ref = tenant_ref(tenant)) THEN
+      RAISE EXCEPTION 'the ledger knows the tenant' USING ERRCODE = 'KS006';
+    END IF;
     INSERT INTO tenants (tenant_id) VALUES (tenant) ON CONFLICT DO NOTHING;
   ELSIF t.state <> 'active' THEN
     RAISE EXCEPTION 'tenant_shredded' USING ERRCODE = 'KS002';
@@ -31,6 +34,9 @@ BEGIN
   created := NOT FOUND;
   IF created THEN
     IF expected = -2 OR expected > 0 THEN RAISE EXCEPTION 'there is no stream yet' USING ERRCODE = 'KS005'; END IF;
+    IF EXISTS (SELECT FROM erased_refs r WHERE r.ref IN (scope_ref(tenant, 'stream', stream), scope_ref(tenant, 'class', stream_class))) THEN
+      RAISE EXCEPTION 'the ledger knows the stream or its class' USING ERRCODE = 'KS006';
+    END IF;
     INSERT INTO streams (tenant_id, stream_id, stream_type_class, is_encrypted) VALUES (tenant, stream, stream_class, false) ON CONFLICT DO NOTHING;
     SELECT x.position, x.stream_type_class, x.is_encrypted INTO s FROM streams x WHERE x.tenant_id = tenant AND x.stream_id = stream FOR UPDATE;
   END IF;
