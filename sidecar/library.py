@@ -69,11 +69,13 @@ async def open_library(settings: Settings, *, max_connections: int = 10, writer:
         await migrations.check_or_migrate(connection, may_migrate=settings.profile == "development")
     if settings.profile == "development":
         await asyncio.to_thread(topics.apply, settings, Admin(settings))
+    # A server that took another's place shows at the next connection, before anything warm is stored there.
+    ledger = LedgerGate(LedgerTopic(settings, Admin(settings)), settings.deployment)
+    pool = await open_pool(dsn, application_name=name, max_size=max_connections, check=ledger.check)
     # Keys have connections of their own: an append that holds one of the store's must not wait for another that does the same.
-    pool = await open_pool(dsn, application_name=name, max_size=max_connections)
-    key_pool = await open_pool(dsn, application_name=f"{name} keys", max_size=4)
-    sessions = await open_pool(dsn, application_name=f"{name} consumers", max_size=MAX_CONSUMERS)
-    library = _put_together(settings, name, KeyManagement(kms, dedicated=settings.kms.dedicated), pool, key_pool, sessions)
+    key_pool = await open_pool(dsn, application_name=f"{name} keys", max_size=4, check=ledger.check)
+    sessions = await open_pool(dsn, application_name=f"{name} consumers", max_size=MAX_CONSUMERS, check=ledger.check)
+    library = _put_together(settings, name, KeyManagement(kms, dedicated=settings.kms.dedicated), ledger, pool, key_pool, sessions)
     news = asyncio.create_task(_forget_what_changed(dsn, name, library.keys))
     try:
         yield library
@@ -102,12 +104,12 @@ async def _forget_what_changed(dsn: str, name: str, keys: KeyManagementService) 
             await asyncio.sleep(1)
 
 
-def _put_together(settings: Settings, name: str, kms_keys: KeyManagement, pool: Pool, key_pool: Pool, sessions: Pool) -> Library:
+def _put_together(settings: Settings, name: str, kms_keys: KeyManagement, ledger: LedgerGate, pool: Pool, key_pool: Pool, sessions: Pool) -> Library:
     clock, limits = SystemClock(), settings.limits
     keys = KeyManagementService(
         key_pool, kms_keys, clock=clock, writer=name, unmatched=settings.policies.unmatched,
         max_streams=min(limits.stream_heads, limits.key_cache_entries), limits=limits.uses,
-        ledger=LedgerGate(LedgerTopic(settings, Admin(settings)), settings.deployment),
+        ledger=ledger,
     )  # fmt: skip
     classifier = Classifier([rule.rule() for rule in settings.classes])
 

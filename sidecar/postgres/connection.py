@@ -1,6 +1,6 @@
 """Connections: one setting for all, transaction-mode poolers refused."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -47,10 +47,19 @@ async def connected(dsn: str, *, application_name: str = "sidecar") -> AsyncIter
         await connection.close()
 
 
-async def open_pool(dsn: str, *, application_name: str = "sidecar", max_size: int = 4) -> Pool:
+async def open_pool(
+    dsn: str, *, application_name: str = "sidecar", max_size: int = 4, check: Callable[[Connection], Awaitable[None]] | None = None
+) -> Pool:  # fmt: skip
+    """`check` is asked of every new connection: what it raises, whoever wanted the connection gets."""
+
+    async def prepare(connection: Any) -> None:
+        await _prepare(connection)
+        if check is not None:
+            await check(connection)
+
     with mapped():
         return await asyncpg.create_pool(
-            dsn, min_size=0, max_size=max_size, init=_prepare, timeout=10, server_settings={"application_name": application_name[:63]}
+            dsn, min_size=0, max_size=max_size, init=prepare, timeout=10, server_settings={"application_name": application_name[:63]}
         )
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from sidecar import EncryptionConfig, Library, NewEvent, PolicySpec, open_library
-from sidecar.core.errors import AuthenticationFailed, KeyShredded, KmsUnavailable, MalformedRecord, RecordRefused, StoreUnavailable
+from sidecar.core.errors import AuthenticationFailed, KeyShredded, KmsUnavailable, LedgerBehind, MalformedRecord, RecordRefused, StoreUnavailable
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.postgres import shreds
+from sidecar.postgres.connection import connected
 from sidecar.settings import Settings
 
 EVENT = NewEvent(type="T", data="x")
@@ -206,3 +207,25 @@ async def test_a_row_of_a_stream_that_is_not_on_record_is_no_plain_event(library
     for store in (library.store, library.plain):
         with pytest.raises(AuthenticationFailed):
             await store.read_stream("user-1", tenant="acme")
+
+
+async def test_a_server_that_took_anothers_place_is_not_served_also_where_all_is_warm(library: Library, database: str) -> None:
+    await append(library, "user-1")
+    await append(library, "cart-1")
+    await sql(library, "UPDATE ledger_watermark SET system_identifier = 'another', timeline = 1")
+    assert library.keys._ledger is not None
+    library.keys._ledger._passed = None  # as it is for a server that is not the one that it passed for
+    async with connected(database) as outside:
+        await outside.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'library-test%' AND datname = current_database()"
+        )
+    async with asyncio.timeout(60):
+        for store in (library.store, library.plain):
+            while True:
+                try:
+                    await store.append_to_stream("cart-1", [EVENT], tenant="acme")
+                except LedgerBehind:
+                    break
+                except StoreUnavailable:  # a connection that ended
+                    continue
+                raise AssertionError("stored in a database that may be older than the ledger")
