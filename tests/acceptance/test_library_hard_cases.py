@@ -32,7 +32,13 @@ STREAM = Scope(tenant="acme", kind=ScopeKind.STREAM, id="aes-1")
 
 
 @pytest.fixture
-async def library(world: World) -> AsyncIterator[Library]:
+async def library(world: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Library]:
+    """Deaf to the news of changed tenants: nothing here may depend on them."""
+
+    async def deaf(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("sidecar.library._forget_what_changed", deaf)
     await world.migrate()
     async with open_library(world.settings, max_connections=4, writer="library-test") as opened:
         yield opened
