@@ -255,7 +255,10 @@ def test_a_role_that_may_not_make_roles_is_told_so(made: Roles) -> None:
     refused = made.world.cli("db", "roles", "--prefix", "x; DROP TABLE messages")
     assert refused.returncode == 2
     printed = made.world.cli("db", "roles", "--prefix", made.prefix, "--print").stdout.decode()
-    assert f"GRANT DELETE ON messages, quarantined_keys, residue, erased_refs, shred_barriers, foretold TO {made.prefix}_control;" in printed
+    assert (
+        f"GRANT DELETE ON messages, stream_key_history, quarantined_keys, residue, erased_refs, shred_barriers, foretold TO {made.prefix}_control;"
+        in printed
+    )
 
 
 def test_a_reader_of_one_tenant_is_not_told_that_the_database_lacks_what_befell_another(made: Roles) -> None:
