@@ -20,7 +20,7 @@ from sidecar.testing import local_stack
 from sidecar.testing.local_stack import LocalStack
 
 WIDTH = 66
-MADE = ("sidecar.yaml", "keys", "policies.yaml", "receipt.json", "data-plane.log", "control-plane.log", "demo.log")
+MADE = ("sidecar.yaml", "keys", "policies.yaml", "receipt.json", "certificate.json", "forged.json", "data-plane.log", "control-plane.log", "demo.log")
 """The files of an earlier run, which a new one removes; nothing else in the directory is touched."""
 LOCK = "demo.lock"
 HALF_MADE = ("lock", "stack.new", "watcher.log")

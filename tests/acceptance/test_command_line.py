@@ -76,8 +76,10 @@ def test_publish_store_view_rotate_shred_and_every_list_in_the_contracts_shapes(
     # receipts
     listed = world.json("receipts", "list", "--command", receipt["command_id"])
     assert [r["status"] for r in listed] == ["accepted", "inaccessible"]
-    assert world.json("receipts", "get", receipt["receipt_id"]) == receipt
-    assert world.json("receipts", "get", receipt["command_id"]) == receipt
+    for identity in (receipt["receipt_id"], receipt["command_id"]):
+        shown = world.json("receipts", "get", identity)
+        assert shown.pop("residue")  # as it stands now: it goes on behind the receipt
+        assert shown == {name: said for name, said in receipt.items() if name != "residue"}
     assert world.cli("receipts", "get", str(UUID(int=1))).returncode == 1
     assert world.cli("receipts", "get", "no id").returncode == 2
 

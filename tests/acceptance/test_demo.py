@@ -68,7 +68,7 @@ def test_demo_shows_eight_steps_that_hold_and_its_three_commands_work_afterwards
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert [line for line in lines if line[:1].isdigit()] == list(STEPS)
-    assert sum(line.startswith("   ok  ") for line in lines) == 11
+    assert sum(line.startswith("   ok  ") for line in lines) == 12
     assert lines[-1].startswith("all 8 steps hold, in ")
     assert processes(folder) == []
     commands = [line.removeprefix("   $ ") for line in lines if line.startswith("   $ ")]

@@ -24,6 +24,7 @@ from sidecar.notices import Notices
 from sidecar.postgres import audit, commands, holds, migrations, shreds
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, Pool, connect, open_pool, transaction
+from sidecar.residue import Residue
 from sidecar.settings import load
 from sidecar.shredding import Shredding
 from sidecar.signing import control_signer
@@ -209,9 +210,11 @@ class Race:
         ledger = Ledger(pool, LedgerTopic(plane.settings, admin), control_signer(plane.settings), plane.settings.deployment)
         steps = Steps(pool, admin, SystemClock(), ledger)
         self.plane, self._pool = plane, pool
+        notices = Notices(pool, admin, ViewWriter(plane.settings))
+        residue = Residue(plane.settings, steps, notices, lambda: None)  # type: ignore[arg-type,return-value]
         self._flows: dict[str, Flow] = {
             "hold": flows.Holding(steps),
-            "shred": Shredding(steps, Notices(pool, steps.admin, ViewWriter(plane.settings))),
+            "shred": Shredding(plane.settings, steps, notices, residue),
         }
 
     async def run(self, op: str) -> str:

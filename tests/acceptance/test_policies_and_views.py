@@ -132,7 +132,9 @@ def test_topics_plan_and_apply_create_views_with_what_erasure_needs_and_change_n
 ) -> None:
     name = unique("v")
     world = make_world(views=[{"name": "v", "topic": name, "partitions": 5, "retention": "3d", "erase_within": "30m"}])
-    topics = {name, world.settings.control.topic, world.settings.control.receipts, world.settings.dead_letters.topic}
+    settings = world.settings
+    topics = {name, settings.control.topic, settings.control.receipts, settings.control.ledger, settings.dead_letters.topic}
+    topics |= {settings.audit.topic, settings.jobs.topic}
     assert {(row["topic"], row["action"]) for row in world.json("topics", "plan")} == {(topic, "create") for topic in topics}
     assert Admin(world.settings).describe(topics) == {}  # plan does nothing
     assert {(row["topic"], row["action"]) for row in world.json("topics", "apply")} == {(topic, "created") for topic in topics}
