@@ -122,8 +122,10 @@ async def test_shred_killed_at(
     assert len({dict(m.headers())["ce_id"] for m in notices}) == 2  # one that was repeated has the same id
     if include_plain:
         gone = {m.key().decode() for m in kit.read_topic(settings, view) if m.value() is None}
-            plain = {f"acme/cart/{n}" for n in range(1, 31)}
-            assert plain <= gone <= plain | {f"acme/s0/{n}" for n in range(1, 6)}  # those of the encrypted events are the residue's, and come in their time
+        plain = {f"acme/cart/{n}" for n in range(1, 31)}
+        assert (
+            plain <= gone <= plain | {f"acme/s0/{n}" for n in range(1, 6)}
+        )  # those of the encrypted events are the residue's, and come in their time
     await db.close()
 
 
