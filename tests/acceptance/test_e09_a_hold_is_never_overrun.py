@@ -272,7 +272,7 @@ async def test_e09_a_shred_that_comes_while_a_hold_is_placed_waits_for_it_and_is
 
 
 async def test_e09_a_hold_that_comes_while_a_shred_is_carried_out_waits_for_it_and_is_refused(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert await race.second_comes_while_the_first_is_at(shreds, "destroy", "shred", "hold", monkeypatch) == ("done", "tenant_shredded")
+    assert await race.second_comes_while_the_first_is_at(shreds, "take_keys", "shred", "hold", monkeypatch) == ("done", "tenant_shredded")
     assert await overrun(race.plane.database) == []
 
 
