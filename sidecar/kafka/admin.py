@@ -76,18 +76,21 @@ class Admin:
         return out
 
     def create(self, topic: str, partitions: int, config: Mapping[str, str]) -> bool:
-        """True if it was made, False if it was there. Returns when a broker can be asked about it: that it was made is known earlier."""
+        """True if it was made, False if it was there. Returns when a broker can be asked about it: that it stands is known earlier. Raises BrokerUnavailable."""
         new = NewTopic(topic, num_partitions=partitions, replication_factor=-1, config=dict(config))
+        made = True
         try:
             self._client.create_topics([new], request_timeout=TIMEOUT_SECONDS)[topic].result()
         except KafkaException as error:
-            if error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:
-                return False
-            raise translate(error.args[0]) from None
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise translate(error.args[0]) from None
+            made = False  # by another instance, perhaps in this moment
         until = time.monotonic() + TIMEOUT_SECONDS
-        while topic not in self.describe([topic]) and time.monotonic() < until:
+        while topic not in self.describe([topic]):
+            if time.monotonic() > until:
+                raise BrokerUnavailable(f"the broker made the topic {topic}, and does not show it")
             time.sleep(0.02)  # the controller has it; the broker that answers us hears of it a moment later
-        return True
+        return made
 
     def topic_config(self, topic: str) -> dict[str, str]:
         with mapped():

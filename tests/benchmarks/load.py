@@ -127,7 +127,8 @@ class Load:
             if holds(found):
                 return found
             await asyncio.sleep(0.05)
-        raise RuntimeError(f"waited {PATIENCE_SECONDS} s for: {query}")
+        ended = [f"exit {each.process.returncode}: {''.join(each.said)}" for each in self.processes if each.process.returncode not in (None, -9)]
+        raise RuntimeError("\n".join([f"waited {PATIENCE_SECONDS} s for: {query}; found {found}", *ended]))
 
     async def receipt(self, op: str, scope: Scope, final: str, **options: Any) -> tuple[float, dict[str, Any]]:
         """-> from the command's way out until its receipt is on the topic, in ms; the receipt."""
