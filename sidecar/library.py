@@ -18,7 +18,7 @@ from sidecar.consumer import EventConsumer
 from sidecar.core.errors import SidecarError
 from sidecar.core.policy import Classifier
 from sidecar.crypto_shredding import CryptoShreddingService
-from sidecar.crypto_store import CryptoEventStore, create_crypto_event_store
+from sidecar.crypto_store import Classify, CryptoEventStore, create_crypto_event_store
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.ledger import LedgerTopic
 from sidecar.key_management import KeyManagementService
@@ -47,6 +47,7 @@ class Library:
     keys: KeyManagementService
     policies: EncryptionPolicyService
     shredding: CryptoShreddingService
+    classify: Classify
     sessions: Pool
     """Of consumers, which keep a connection each."""
 
@@ -120,6 +121,7 @@ def _put_together(settings: Settings, name: str, kms_keys: KeyManagement, ledger
     plain = PostgresEventStore(pool)
     return Library(
         sessions=sessions,
+        classify=classify,
         store=create_crypto_event_store(plain, keys=keys, policy=classify),
         plain=plain,
         keys=keys,

@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 
 # group name -> module with `app`; a module of the first kind adds its commands to the top level
-_TOP_LEVEL = ("init", "run", "status", "publish", "commands", "report")
+_TOP_LEVEL = ("init", "run", "status", "publish", "commands", "report", "importing")
 _GROUPS = (
     "dev", "db", "config", "topics", "policy", "events", "keys", "kms", "issuer", "command", "holds", "receipts", "evidence", "audit", "ledger", "dlq", "jobs", "streams",
 )  # fmt: skip

@@ -98,12 +98,18 @@ class Cursor:
     position: int = 0
 
 
+class Json(bytes):
+    """JSON as text already: kept to the byte, and given back as the JSON that it is."""
+
+    __slots__ = ()
+
+
 def encode(data: Any) -> tuple[bytes | None, str]:
     """-> the bytes to keep, and what they are. Raises MalformedRecord for what is neither bytes nor JSON."""
     if data is None:
         return None, "json"
     if isinstance(data, bytes | bytearray | memoryview):
-        return bytes(data), "bytes"
+        return bytes(data), "json" if isinstance(data, Json) else "bytes"
     try:
         return orjson.dumps(data), "json"
     except TypeError:

@@ -22,10 +22,11 @@ ROLES: Final = ("data", "control", "reader", "migrator")
 
 DATA_READS = """tenants tenant_keys encryption_keys erased_scopes erased_refs encryption_policies policy_version streams stream_key_history
   source_topics messages partition_leases instances audit_log dead_letters refusals shred_barriers views seal_epochs ledger ledger_watermark
-  legal_holds policy_history consumer_checkpoints consumer_set_aside schema_migrations foretold"""
+  legal_holds policy_history consumer_checkpoints consumer_set_aside schema_migrations foretold imports"""
 NOT_FOR_DATA = "jobs quarantined_keys commands receipts residue certificates audit_checkpoints"
 _DATA_INSERTS = """tenants tenant_keys encryption_keys encryption_policies streams stream_key_history source_topics messages partition_leases
-  instances audit_log dead_letters refusals views seal_epochs policy_history consumer_checkpoints consumer_set_aside foretold"""
+  instances audit_log dead_letters refusals views seal_epochs policy_history consumer_checkpoints consumer_set_aside foretold
+  imports"""
 _DATA_UPDATES = {
     "encryption_keys": "is_active, retired_at, uses_reserved, used_outside",
     "streams": "position, is_encrypted, encrypted_from_position, encryption_key_id, encryption_algorithm, key_rotation_count, last_key_rotation",
@@ -35,6 +36,7 @@ _DATA_UPDATES = {
     "views": "definition, topic, key_mode",
     "policy_version": "version",
     "ledger_watermark": "deployment, topic_id, next_offset, system_identifier, timeline",
+    "imports": "after, imported, refused, updated_at, verified_at",
     "consumer_checkpoints": "transaction_id, global_position, listening_until, updated_at",
     # a row lock needs the right to update some column: these mean nothing
     "encryption_policies": "updated_at",

@@ -104,6 +104,11 @@ CREATE TABLE consumer_set_aside (                -- events that a consumer's han
   consumer TEXT NOT NULL REFERENCES consumer_checkpoints ON DELETE CASCADE, tenant_id TEXT NOT NULL, stream_id TEXT NOT NULL, stream_position BIGINT NOT NULL,
   error TEXT NOT NULL, at TIMESTAMPTZ NOT NULL DEFAULT now(), PRIMARY KEY (consumer, tenant_id, stream_id, stream_position)
 );
+CREATE TABLE imports (                           -- how far another event table is taken over: behind which of its rows, in the order of its map
+  name TEXT PRIMARY KEY, source_table TEXT NOT NULL, ordered_by TEXT[] NOT NULL, after TEXT[],
+  imported BIGINT NOT NULL DEFAULT 0, refused BIGINT NOT NULL DEFAULT 0,
+  started_at TIMESTAMPTZ NOT NULL DEFAULT now(), updated_at TIMESTAMPTZ NOT NULL DEFAULT now(), verified_at TIMESTAMPTZ
+);
 -- A wake-up per statement, and only while somebody listens: a notification serialises commits.
 CREATE FUNCTION notify_consumers() RETURNS TRIGGER LANGUAGE plpgsql AS $$
 BEGIN
