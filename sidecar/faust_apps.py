@@ -25,7 +25,8 @@ from sidecar.control import ControlPlane
 from sidecar.core.errors import Unavailable
 from sidecar.inbox import Backoff, ControlRecord
 from sidecar.memory import no_core_dumps
-from sidecar.settings import KafkaSecurity, Settings
+from sidecar.servers import KafkaSecurity
+from sidecar.settings import Settings
 from sidecar.worker import Worker
 
 THREADS: Final = 16

@@ -26,7 +26,7 @@ from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.postgres.errors import mapped
 from sidecar.postgres.seal_epochs import SealEpoch
 from sidecar.rekeying import Rekeying
-from sidecar.settings import KmsSettings
+from sidecar.servers import KmsSettings
 from sidecar.steps import WRITER, failpoint
 
 CHUNK: Final = 500

@@ -1,14 +1,18 @@
 """How a command leaves the command line: composed, signed, published or written to a file, and its receipt waited for."""
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Concatenate, ParamSpec
 from uuid import uuid4
 
 import typer
 
-from sidecar.cli.context import Cli, Exit, run_async, say, who
+from sidecar.cli.context import Cli, Exit, cli, run_async, say, who
 from sidecar.core import dsse
 from sidecar.core.command import NOT_ALLOWED, PAYLOAD_TYPE, Command, check, compose, final_statuses, opened
 from sidecar.core.dsse import Signer
@@ -18,6 +22,7 @@ from sidecar.kafka.receipts import publish_command
 from sidecar.sending import VALID_FOR, publish_and_wait
 from sidecar.signing import load_signer
 
+P = ParamSpec("P")
 KEY_VARIABLE = "SIDECAR_ISSUER_KEY"
 
 Tenant = Annotated[str, typer.Option(help="Whose data.")]
@@ -52,29 +57,53 @@ def signer_of(where: Cli, key: Path | None) -> Signer | None:
     return load_signer(Path(named)) if named else None
 
 
-def send(
-    where: Cli, op: str, scope: Scope, *, reason: str, requested_by: str | None, ticket: str | None, key: Path | None, out: Path | None,
-    wait: float | None, options: dict[str, Any],
-) -> int:  # fmt: skip
-    """A new command, on its way or in a file; -> the exit code. One for a file may take its time: it is valid as long as the deployment allows."""
-    now, command_id = datetime.now(UTC), uuid4()
-    control = where.settings.control
-    valid_for = VALID_FOR if out is None else timedelta(milliseconds=duration_ms(control.max_validity))
-    payload = compose(
-        command_id=command_id, audience=where.settings.deployment, op=op, scope=scope, reason=reason, requested_by=requested_by or who(),
-        ticket=ticket, issued_at=now, not_after=now + valid_for, options=options,
-    )  # fmt: skip
-    try:
-        command = check(payload)
-    except CommandRejected as error:
-        raise typer.BadParameter(str(error)) from None
-    signer = signer_of(where, key)
-    value = dsse.sign(PAYLOAD_TYPE, payload, [signer]).to_bytes() if signer else payload
-    if out is None:
-        return publish(where, command, value, wait)
-    out.write_bytes(value)
-    where.show({"command_id": str(command_id), "file": str(out), "signatures": [signer.key_id] if signer else []})
-    return Exit.DONE
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sending:
+    """What each command to the control plane takes beside its own options; `sends` adds it to them."""
+
+    context: typer.Context
+    reason: Reason
+    wait: Wait = None
+    requested_by: RequestedBy = None
+    ticket: Ticket = None
+    key: Key = None
+    out: Out = None
+
+    def send(self, op: str, scope: Scope, **options: Any) -> int:
+        """A new command, on its way or in a file; -> the exit code. One for a file may take its time: it is valid as long as the deployment allows."""
+        where, now, command_id = cli(self.context), datetime.now(UTC), uuid4()
+        control = where.settings.control
+        valid_for = VALID_FOR if self.out is None else timedelta(milliseconds=duration_ms(control.max_validity))
+        payload = compose(
+            command_id=command_id, audience=where.settings.deployment, op=op, scope=scope, reason=self.reason,
+            requested_by=self.requested_by or who(), ticket=self.ticket, issued_at=now, not_after=now + valid_for, options=options,
+        )  # fmt: skip
+        try:
+            command = check(payload)
+        except CommandRejected as error:
+            raise typer.BadParameter(str(error)) from None
+        signer = signer_of(where, self.key)
+        value = dsse.sign(PAYLOAD_TYPE, payload, [signer]).to_bytes() if signer else payload
+        if self.out is None:
+            return publish(where, command, value, self.wait)
+        self.out.write_bytes(value)
+        where.show({"command_id": str(command_id), "file": str(self.out), "signatures": [signer.key_id] if signer else []})
+        return Exit.DONE
+
+
+def sends(command: Callable[Concatenate[Sending, P], int]) -> Callable[..., int]:
+    """As typer sees it, `command` has the options of `Sending` behind its own, in place of its first parameter."""
+    shared, (_, *own) = signature(Sending).parameters, signature(command).parameters.values()
+
+    @wraps(command)
+    def whole(**given: Any) -> int:
+        sending = Sending(**{name: given.pop(name) for name in shared})
+        return command(sending, **given)  # type: ignore[call-arg]
+
+    both = [*own, *shared.values()]
+    whole.__signature__ = Signature(both)  # type: ignore[attr-defined]
+    whole.__annotations__ = {parameter.name: parameter.annotation for parameter in both}
+    return whole
 
 
 def read_file(file: Path) -> tuple[Command, dsse.Signed | None, bytes]:

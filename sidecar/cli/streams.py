@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from sidecar.cli.context import Exit, cli, fail, run_async
-from sidecar.cli.sending import Key, Reason, RequestedBy, Ticket, Wait, scope_of, send
+from sidecar.cli.sending import Key, Reason, RequestedBy, Sending, Ticket, Wait, scope_of
 from sidecar.postgres.connection import connected
 
 app = typer.Typer(help="Streams that are there already.", no_args_is_help=True)
@@ -33,11 +33,5 @@ def encrypt(
     names = [tenant] if tenant else run_async(tenants())
     if not names:
         fail(f"there is no stream of class {stream_class}")
-    worst = 0
-    for name in names:
-        scope = scope_of(name, None, stream_class, None)
-        done = send(
-            here, "reencrypt", scope, reason=reason, requested_by=requested_by, ticket=ticket, key=key, out=None, wait=wait, options={"plain": True}
-        )
-        worst = max(worst, done)
-    return Exit(worst)
+    sending = Sending(context=context, reason=reason, wait=wait, requested_by=requested_by, ticket=ticket, key=key)
+    return Exit(max(sending.send("reencrypt", scope_of(name, None, stream_class, None), plain=True) for name in names))

@@ -8,7 +8,7 @@ from sidecar.core.errors import ConfigurationError
 from sidecar.core.kms import KmsUri
 from sidecar.kms.wrappers import Watched
 from sidecar.ports import Kms
-from sidecar.settings import KmsSettings
+from sidecar.servers import KmsSettings
 
 PROVIDERS: Final[dict[str, tuple[str, str, str | None]]] = {
     "file": ("sidecar.kms.file", "FileKms", None),

@@ -14,7 +14,7 @@ from sidecar.kms.file import create_key_file
 from sidecar.postgres import seal_epochs
 from sidecar.postgres.connection import connected, open_pool
 from sidecar.sealing import Sealing
-from sidecar.settings import KmsSettings
+from sidecar.servers import KmsSettings
 from sidecar.steps import SystemClock
 from sidecar.testing.softhsm import SoftHsm
 from tests.benchmarks.throughput import Bench

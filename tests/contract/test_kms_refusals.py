@@ -18,7 +18,7 @@ from sidecar.core.errors import AccessDenied, AuthenticationFailed, Configuratio
 from sidecar.core.kms import VersionState
 from sidecar.kms import check_identity, open_for, open_kms, provider
 from sidecar.kms.wrappers import Watched
-from sidecar.settings import KmsSettings
+from sidecar.servers import KmsSettings
 from sidecar.testing.memory_kms import Memory, MemoryKms
 from sidecar.testing.softhsm import SoftHsm, library
 from sidecar.testing.transit_server import TransitKey, TransitServer, transit_server

@@ -12,7 +12,7 @@ from sidecar.keys import KeyManagement, kek_row
 from sidecar.postgres import migrations, seal_epochs
 from sidecar.postgres.connection import Pool, connect, open_pool
 from sidecar.sealing import Sealing
-from sidecar.settings import KmsSettings
+from sidecar.servers import KmsSettings
 from sidecar.steps import SystemClock
 from sidecar.testing.kms_conformance import Subject
 from sidecar.testing.softhsm import SoftHsm

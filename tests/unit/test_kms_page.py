@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sidecar.kms import PROVIDERS, provider
-from sidecar.settings import KmsSettings
+from sidecar.servers import KmsSettings
 from tests.unit.kms_page import PAGE, filled, traits
 
 TEXT = PAGE.read_text()
