@@ -47,7 +47,7 @@ from sidecar.core.extract import subject_of
 from sidecar.core.model import UNCLASSIFIED, Erased, Event, ScopeKind, identifier
 from sidecar.core.policy import Encrypt
 from sidecar.core.store import DEFAULT_TENANT, Aggregated, Appended, Cursor, Expected, ExpectedVersion, NewEvent, StreamRead, Unreadable, encode
-from sidecar.core.view import frame, library_attributes, parse_attributes, unframe
+from sidecar.core.view import frame, library_attributes, opened
 from sidecar.key_management import Held, KeyManagementService
 from sidecar.ports import EventStore
 from sidecar.postgres.errors import Moved
@@ -329,21 +329,12 @@ class CryptoEventStore:
             extra = self._extra(event.tenant, event.stream, event.stream_class, event.type)
             of_stream = stream_aad(event.tenant.encode(), event.stream.encode())
             aad = _aad(of_stream, event.position, event.message_id, event.type, event.schema_version, envelope[:PREFIX_BYTES], extra)
-            attributes, value = unframe(self._crypto.open(ciphers.get(event.tenant, header), envelope, aad))
+            enc = _enc(header.suite, header.key_id, header.key_version, envelope, aad)
+            return opened(event, self._crypto.open(ciphers.get(event.tenant, header), envelope, aad), {"enc": enc})
         except KeyShredded:
             return Erased(tenant=event.tenant, stream=event.stream, position=event.position, message_id=event.message_id, type=event.type)
         except RecordError as error:
             return error
-        carried = parse_attributes(attributes)
-        if carried.is_tombstone != bool(event.metadata["enc"].get("tombstone")):
-            return AuthenticationFailed("the event and its sealed attributes disagree about the tombstone")
-        enc = _enc(header.suite, header.key_id, header.key_version, envelope, aad)
-        return Event(
-            tenant=event.tenant, stream=event.stream, position=event.position, message_id=event.message_id, type=event.type,
-            stream_class=event.stream_class, value=None if carried.is_tombstone else value, key=carried.key, timestamp_ms=carried.timestamp_ms,
-            headers=carried.headers, source=event.source, schema_version=event.schema_version, occurred_at=event.occurred_at,
-            subject=carried.subject, metadata=carried.metadata | {"enc": enc}, content=carried.content,
-        )  # fmt: skip
 
 
 def _persons(held: Held, events: Sequence[NewEvent], values: Sequence[bytes | None]) -> list[str | None]:

@@ -6,7 +6,6 @@ are not what was sealed for this place); not now (the KMS or Postgres is away).
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any, cast
 from uuid import UUID
 
@@ -15,7 +14,7 @@ from sidecar.core.envelope import NO_FIELD, PREFIX_BYTES, Header, event_aad, ope
 from sidecar.core.errors import AuthenticationFailed, KeyShredded, KeyUnavailable, RecordError, UnknownKey
 from sidecar.core.keys import Kek, TenantState
 from sidecar.core.model import Erased, Event, Scope, ScopeKind
-from sidecar.core.view import guard_stripe, parse_attributes, unframe
+from sidecar.core.view import guard_stripe, opened
 from sidecar.keys import KeyManagement, dek_row, kek_row, open_dek
 from sidecar.ledger import LedgerGate
 from sidecar.postgres.connection import Connection, Pool
@@ -121,14 +120,7 @@ def open_row(row: Any, ciphers: Ciphers) -> Event:
         NO_FIELD,
         sealed[:PREFIX_BYTES],
     )
-    attrs, value = unframe(open_envelope(ciphers.get(event.tenant, header), sealed, aad))
-    carried = parse_attributes(attrs)
-    if carried.is_tombstone != row["is_tombstone"]:
-        raise AuthenticationFailed("the row and its sealed attributes disagree about the tombstone")
-    return replace(
-        event, sealed=None, value=None if carried.is_tombstone else value, key=carried.key, timestamp_ms=carried.timestamp_ms,
-        headers=carried.headers, subject=carried.subject, metadata=carried.metadata, content=carried.content,
-    )  # fmt: skip
+    return opened(event, open_envelope(ciphers.get(event.tenant, header), sealed, aad))
 
 
 class EventStore:

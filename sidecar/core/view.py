@@ -14,8 +14,8 @@ from zlib import crc32
 
 import orjson
 
-from sidecar.core.errors import MalformedEnvelope, MalformedRecord
-from sidecar.core.model import Headers
+from sidecar.core.errors import AuthenticationFailed, MalformedEnvelope, MalformedRecord
+from sidecar.core.model import Event, Headers
 
 ERASED_TYPE = "io.sidecar.erased.v1"
 
@@ -131,6 +131,20 @@ def unframe(plaintext: bytes) -> tuple[bytes, bytes]:
     if len(plaintext) < 4 or len(plaintext) < 4 + (size := _LENGTH.unpack_from(plaintext)[0]):
         raise MalformedEnvelope("the sealed frame is truncated")
     return plaintext[4 : 4 + size], plaintext[4 + size :]
+
+
+def opened(event: Event, plaintext: bytes, metadata: Mapping[str, Any] | None = None) -> Event:
+    """A sealed event as its plaintext says; `metadata` are told beside the application's own. Raises MalformedEnvelope, AuthenticationFailed."""
+    attrs, value = unframe(plaintext)
+    carried = parse_attributes(attrs)
+    if carried.is_tombstone != bool(event.metadata["enc"].get("tombstone")):
+        raise AuthenticationFailed("the event and its sealed attributes disagree about the tombstone")
+    return Event(
+        tenant=event.tenant, stream=event.stream, position=event.position, message_id=event.message_id, type=event.type,
+        stream_class=event.stream_class, value=None if carried.is_tombstone else value, key=carried.key, timestamp_ms=carried.timestamp_ms,
+        headers=carried.headers, source=event.source, schema_version=event.schema_version, occurred_at=event.occurred_at,
+        subject=carried.subject, metadata=carried.metadata | dict(metadata or {}), content=carried.content,
+    )  # fmt: skip
 
 
 @lru_cache(4096)
