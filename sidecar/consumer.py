@@ -9,12 +9,13 @@ set aside and named (`set_asides`), and the next one follows. Of consumers of on
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
+from itertools import repeat
 from typing import Final
 
 from sidecar import telemetry
-from sidecar.core.errors import KeyUnavailable, RecordError, Unavailable
+from sidecar.core.errors import KeyUnavailable, RecordError, SidecarError, Unavailable
 from sidecar.core.model import Erased, Event
 from sidecar.core.store import Cursor, Unreadable
 from sidecar.postgres import checkpoints
@@ -24,7 +25,8 @@ from sidecar.postgres.event_store import PostgresEventStore
 
 Handler = Callable[[Event | Erased], Awaitable[None]]
 DecryptHook = Callable[[Sequence[Event]], Awaitable[Sequence[Event | Erased | RecordError]]]
-"""Opens what a store gave unopened: an answer per event, in order. Raises Unavailable or KeyUnavailable, which are waited for."""
+"""Opens what a store gave unopened: an answer per event, in order. Raises Unavailable or KeyUnavailable, which are waited for; what else
+it raises of an event alone sets that one aside."""
 
 POLL_SECONDS: Final = 1.0
 """How late a wake-up that got lost is made good."""
@@ -77,8 +79,8 @@ class EventConsumer:
         try:
             while not stop.is_set():
                 self._wake.clear()
-                cursor = await checkpoints.listen(connection, self.name)
-                if not await self._page(connection, cursor, handler, stop):
+                cursor, horizon = await checkpoints.listen(connection, self.name)
+                if not await self._page(connection, cursor, horizon, handler, stop):
                     await self._sleep(stop, POLL_SECONDS)
         finally:
             with suppress(Exception):
@@ -95,17 +97,24 @@ class EventConsumer:
         for task in waiting:
             task.cancel()
 
-    async def _page(self, connection: Connection, cursor: Cursor, handler: Handler, stop: asyncio.Event) -> bool:
-        """The next events; -> whether there were any. The checkpoint follows also when one of them must wait."""
+    async def _page(self, connection: Connection, cursor: Cursor, horizon: Cursor, handler: Handler, stop: asyncio.Event) -> bool:
+        """The next events; -> whether there were any. The checkpoint follows also when one of them must wait.
+
+        Nothing that is below `horizon` is still to come: behind a page that is not full, all up to there was looked through, whoever's it is.
+        """
         found = await self._store.read_all(after=cursor, tenant=self._tenant, classes=self._classes, limit=PAGE)
-        opened = await self._opened([held for _, held in found])
+        answers: Iterable[Event | Erased | Unreadable | None] = repeat(None)
+        with suppress(Exception):  # one that cannot be opened (now) is not to hold up those before it: they are opened one by one then
+            answers = await self._opened([held for _, held in found])
         reached = cursor
         try:
-            for (place, _), held in zip(found, opened, strict=True):
+            for (place, held), answer in zip(found, answers, strict=False):
                 if stop.is_set():
                     break
-                await self._hand_over(connection, held, handler)
+                await self._hand_over(connection, held, answer, handler)
                 reached = place
+            else:
+                reached = max(reached, horizon) if len(found) < PAGE else reached
         finally:
             if reached != cursor:
                 await checkpoints.advance(connection, self.name, reached)
@@ -118,12 +127,21 @@ class EventConsumer:
         answers = iter(await self._decrypt(events))
         return [_answer(held, next(answers)) if isinstance(held, Event) else held for held in found]
 
-    async def _hand_over(self, connection: Connection, held: Event | Erased | Unreadable, handler: Handler) -> None:
-        if isinstance(held, Unreadable):
-            return await self._set_aside(connection, held, held.error)
+    async def _hand_over(
+        self, connection: Connection, held: Event | Erased | Unreadable, answer: Event | Erased | Unreadable | None, handler: Handler
+    ) -> None:
+        """`answer`: `held` as it was opened with its page; None: it is opened here."""
+        try:
+            [opened] = await self._opened([held]) if answer is None else [answer]
+        except Exception as error:
+            if isinstance(error, SidecarError | OSError) and not isinstance(error, RecordError):
+                raise  # a key, a right or a connection is missing: no fault of the event's
+            return await self._set_aside(connection, held, error)
+        if isinstance(opened, Unreadable):
+            return await self._set_aside(connection, held, opened.error)
         for attempt in range(1, PATIENCE + 1):
             try:
-                return await handler(held)
+                return await handler(opened)
             except _TRANSIENT:
                 raise
             except Exception as error:

@@ -13,7 +13,7 @@ from sidecar.kafka.admin import Admin
 from sidecar.kafka.receipts import ViewRecord, ViewWriter
 from sidecar.postgres import shreds
 from sidecar.postgres.connection import Pool, transaction
-from sidecar.postgres.shreds import View
+from sidecar.postgres.shreds import Match, View
 
 
 class Notices:
@@ -23,14 +23,14 @@ class Notices:
         self._pool, self._admin, self._writer = pool, admin, writer
 
     async def affected(self, scope: Scope) -> list[View]:
-        """The views that may hold records of the scope, where the topic exists."""
+        """The views that may hold records of the scope, by any match that they ever had, where the topic exists."""
         async with transaction(self._pool) as connection:
             views = await shreds.views(connection)
             of_class = scope.id if scope.kind is ScopeKind.CLASS else None
             if scope.kind is ScopeKind.STREAM:
                 of_class = await shreds.stream_class(connection, scope.tenant, scope.id)
         present = await asyncio.to_thread(self._admin.describe, {view.topic for view in views})
-        wanted = [v for v in views if matches(v.tenants, scope.tenant) and (of_class is None or matches(v.classes, of_class))]
+        wanted = [v for v in views if any(matches(m.tenants, scope.tenant) and (of_class is None or matches(m.classes, of_class)) for m in v.matches)]
         return [view for view in wanted if view.topic in present]
 
     async def give_notice(self, command_id: UUID, scope: Scope, erased_at: str, views: Iterable[View]) -> None:
@@ -60,18 +60,26 @@ def notice(command_id: UUID, scope: Scope, erased_at: str, view: View, partition
     return ViewRecord(topic=view.topic, partition=partition, key=key, value=json.dumps(value, ensure_ascii=False).encode(), headers=headers)
 
 
-def tombstone(tenant: str, stream: str, position: int, view: View, metadata: str | None = None) -> ViewRecord | None:
-    """Of one event; None where its key in the view cannot be known: with `key: source` it is sealed with the event (`metadata` is a plain one's)."""
-    path = f"{tenant}/{stream}"
-    source_key = parse_attributes(metadata)[0] if view.key_mode == "source" and metadata else None
-    key = view_key(view.key_mode, path, position, source_key)
-    return None if key is None else ViewRecord(topic=view.topic, partition=view_partition(path, view.partitions), key=key, value=None)
+def erasing_keys(view: View, scope: Scope) -> list[str]:
+    """The key modes of a view under which a tombstone erases a sealed event of the scope and nothing else.
+
+    With `source` the key is sealed with the event; with `stream` a person's events lie under the same key as those of others.
+    """
+    return [mode for mode in view.keys if mode == "event" or (mode == "stream" and scope.kind is not ScopeKind.SUBJECT)]
+
+
+def tombstones(tenant: str, stream: str, position: int, view: View, modes: Iterable[str], metadata: str | None = None) -> list[ViewRecord]:
+    """Of one event, under each key that it may stand under in the view; `metadata` is a plain one's, with its source key."""
+    path, source_key = f"{tenant}/{stream}", parse_attributes(metadata)[0] if metadata else None
+    keys = [key for mode in modes if (key := view_key(mode, path, position, source_key)) is not None]
+    return [ViewRecord(topic=view.topic, partition=view_partition(path, view.partitions), key=key, value=None) for key in keys]
 
 
 def plain_tombstones(tenant: str, row: Any, views: list[View]) -> list[ViewRecord]:
-    """Of one deleted plain event (a row of `shreds.delete_plain`), one per view that can hold it."""
-    wanted = (
-        v for v in views if (row["class"] is None or matches(v.classes, row["class"])) and (row["topic"] is None or matches(v.topics, row["topic"]))
-    )
-    found = (tombstone(tenant, row["stream_id"], row["stream_position"], view, row["metadata"]) for view in wanted)
-    return [record for record in found if record is not None]
+    """Of one deleted plain event (a row of `shreds.delete_plain`), in each view that can hold it."""
+
+    def holds(match: Match) -> bool:
+        return (row["class"] is None or matches(match.classes, row["class"])) and (row["topic"] is None or matches(match.topics, row["topic"]))
+
+    wanted = (view for view in views if any(holds(match) for match in view.matches))
+    return [t for view in wanted for t in tombstones(tenant, row["stream_id"], row["stream_position"], view, view.keys, row["metadata"])]

@@ -43,7 +43,7 @@ async def preview(steps: Steps, notices: Notices, job: Job, command: Command) ->
         keys={"count": deks, **keks},
         streams=streams,
         events=events,
-        views=[{"name": view.name, "topic": view.topic, "key": view.key_mode} for view in views],
+        views=[{"name": view.name, "topic": view.topic, "key": view.keys[0]} for view in views],
         holds=[{"hold_id": str(hold.hold_id), "reason": hold.reason} for hold in in_force],
         shared=shared,
         refused_by=["legal_hold"] * bool(in_force) + ["shared_key"] * bool(shared),

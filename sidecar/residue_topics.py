@@ -16,7 +16,7 @@ from sidecar.core.view import view_partition
 from sidecar.kafka import scan
 from sidecar.kafka.admin import Admin, TopicInfo
 from sidecar.kafka.receipts import ViewRecord
-from sidecar.notices import Notices, notice, tombstone
+from sidecar.notices import Notices, erasing_keys, notice, tombstones
 from sidecar.ports import Clock
 from sidecar.postgres import residue, shreds
 from sidecar.postgres.connection import Pool, transaction
@@ -84,13 +84,14 @@ class ViewRecords:
     async def _next_tombstones(self, scope: Scope, view: View, after: list[Any]) -> tuple[list[ViewRecord], list[Any] | None]:
         """-> tombstones, and behind which (stream, position) the next are; None: these were the last."""
         async with transaction(self._pool) as connection:
-            if view.key_mode == "stream":
+            modes = erasing_keys(view, scope)
+            if modes == ["stream"]:
                 streams = await residue.sealed_streams(connection, scope, after[0], CHUNK)
                 events = [(stream, 0) for stream in streams]
             else:
                 events = await residue.sealed_events(connection, scope, (after[0], after[1]), CHUNK)
-        found = [tombstone(scope.tenant, stream, position, view) for stream, position in events]
-        return [record for record in found if record is not None], list(events[-1]) if len(events) == CHUNK else None
+        found = {t.key: t for stream, position in events for t in tombstones(scope.tenant, stream, position, view, modes)}
+        return list(found.values()), list(events[-1]) if len(events) == CHUNK else None
 
     async def _left(self, entry: Entry, info: TopicInfo, scope: Scope) -> dict[int, int]:
         """Partition → payload records below the barrier of the events that were shredded; partitions without any are left out."""
@@ -138,16 +139,20 @@ def plan_view(view: View, info: TopicInfo, config: dict[str, str], barrier: dict
     """How a view is rid of the scope, and by when."""
     retained = retained_until(config, now)
     until: datetime | None = now
-    if scope.kind is ScopeKind.TENANT and view.tenants == [scope.tenant] and not set(scope.tenant) & set("*?["):
+    modes = erasing_keys(view, scope)
+    # its segment has to end, the tombstones' one too; then compaction is due
+    compacted = now + timedelta(milliseconds=2 * min(_ms(config, "segment.ms"), _ms(config, "max.compaction.lag.ms")))
+    if scope.kind is ScopeKind.TENANT and all(match.tenants == [scope.tenant] for match in view.matches):
         method = "delete_records"
-    elif view.key_mode == "source" or (view.key_mode == "stream" and scope.kind is ScopeKind.SUBJECT):
-        method, until = "retention", retained  # the key is sealed with the event, or is others' too
+    elif len(modes) < len(view.keys):  # what stands under another key only ends
+        method, until = "tombstones" if modes else "retention", retained
     else:
-        # its segment has to end, the tombstones' one too; then compaction is due
-        compacted = now + timedelta(milliseconds=2 * min(_ms(config, "segment.ms"), _ms(config, "max.compaction.lag.ms")))
         method, until = "tombstones", min(compacted, retained or compacted)
     return residue.Planned(
-        kind="view", place=view.topic, until=until, details={"method": method, "topic_id": info.topic_id, "barrier": barrier, "key": view.key_mode}
+        kind="view",
+        place=view.topic,
+        until=until,
+        details={"method": method, "topic_id": info.topic_id, "barrier": barrier, "key": ", ".join(view.keys)},
     )
 
 

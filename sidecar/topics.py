@@ -57,7 +57,8 @@ def apply(settings: Settings, admin: Admin) -> list[dict[str, Any]]:
 async def record_views(connection: Connection, settings: Settings, found: dict[str, int]) -> list[View]:
     """Put the views on record with the partitions that their topics have; refuse one that has changed since.
 
-    A tombstone is sent to the partition that its event went to, so the count a view began with is the one for good.
+    A tombstone is sent to the partition that its event went to, so the count a view began with is the one for good. Topic, key and match
+    may change; the ones before stay on record, because what they put into a topic stays there.
     """
     views: list[View] = []
     for view in settings.views:
@@ -69,7 +70,9 @@ async def record_views(connection: Connection, settings: Settings, found: dict[s
         with mapped():
             recorded = await connection.fetchval(
                 """INSERT INTO views AS v (name, topic, partitions, key_mode, definition) VALUES ($1,$2,$3,$4,$5)
-                   ON CONFLICT (name) DO UPDATE SET definition = excluded.definition, topic = excluded.topic, key_mode = excluded.key_mode RETURNING partitions""",
+                   ON CONFLICT (name) DO UPDATE SET definition = excluded.definition, topic = excluded.topic, key_mode = excluded.key_mode,
+                     earlier = CASE WHEN v.earlier @> view_was(v) OR view_was(v) = view_was(excluded) THEN v.earlier ELSE v.earlier || view_was(v) END
+                   RETURNING partitions""",
                 view.name,
                 view.topic,
                 found[view.topic],

@@ -17,16 +17,18 @@ async def take(connection: Connection, consumer: str) -> bool:
         return bool(await connection.fetchval("SELECT pg_try_advisory_lock(6, $1)", crc32(consumer.encode()) - 2**31))
 
 
-async def listen(connection: Connection, consumer: str) -> Cursor:
-    """Say that this consumer wants to be woken for a while; -> where it stands, the beginning if it is new."""
+async def listen(connection: Connection, consumer: str) -> tuple[Cursor, Cursor]:
+    """Say that this consumer wants to be woken for a while; -> where it stands, the beginning if it is new, and the horizon: whoever reads
+    after this call misses nothing that stands before it. A transaction that is open now keeps it where it began."""
     with mapped():
         row: Any = await connection.fetchrow(
             """INSERT INTO consumer_checkpoints AS c (consumer, listening_until) VALUES ($1, now() + make_interval(secs => $2))
-               ON CONFLICT (consumer) DO UPDATE SET listening_until = excluded.listening_until RETURNING transaction_id, global_position""",
+               ON CONFLICT (consumer) DO UPDATE SET listening_until = excluded.listening_until
+               RETURNING transaction_id, global_position, pg_snapshot_xmin(pg_current_snapshot()) AS horizon""",
             consumer,
             LISTENING_SECONDS,
         )
-    return Cursor(int(row["transaction_id"]), row["global_position"])
+    return Cursor(int(row["transaction_id"]), row["global_position"]), Cursor(int(row["horizon"]), 0)
 
 
 async def advance(connection: Connection, consumer: str, cursor: Cursor) -> None:

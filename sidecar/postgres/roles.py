@@ -33,7 +33,7 @@ _DATA_UPDATES = {
     "stream_key_history": "used_to_position",
     "partition_leases": "epoch, owner, next_offset",
     "instances": "transactional_id, guard_pid, guard_started, state, heartbeat_at, kind",
-    "views": "definition, topic, key_mode",
+    "views": "definition, topic, key_mode, earlier",
     "policy_version": "version",
     "ledger_watermark": "deployment, topic_id, next_offset, system_identifier, timeline",
     "imports": "after, imported, refused, updated_at, verified_at",

@@ -4,7 +4,7 @@ so each statement is set-based and goes by an index where a tenant has millions 
 
 # ruff: noqa: S608 (statements are put together from constants of this file; what comes from outside is a parameter)
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from hashlib import sha256
 from typing import Any, Final
@@ -292,27 +292,40 @@ async def source_topics(connection: Connection) -> list[tuple[int, str, str]]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """As `topics apply` recorded it. `topics`, `classes`, `tenants` are globs."""
+class Match:
+    """Globs: what is to stand in a view."""
 
-    name: str
-    topic: str
-    partitions: int
-    key_mode: str
     topics: list[str]
     classes: list[str]
     tenants: list[str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """A view topic, with every match and every key mode that it has had: its records stay when those change. The present ones come first."""
+
+    name: str
+    topic: str
+    partitions: int
+    keys: tuple[str, ...]
+    matches: tuple[Match, ...]
+
+
 async def views(connection: Connection) -> list[View]:
     with mapped():
-        rows = await connection.fetch("SELECT name, topic, partitions, key_mode, definition FROM views ORDER BY name")
-    out = []
+        rows = await connection.fetch(
+            """SELECT v.name, v.partitions, d.* FROM views v CROSS JOIN LATERAL (
+                 SELECT v.topic, v.key_mode, v.definition->'match' AS match, 0 AS age
+                 UNION ALL SELECT e.was->>'topic', e.was->>'key', e.was->'match', e.age FROM jsonb_array_elements(v.earlier) WITH ORDINALITY e(was, age)
+               ) d ORDER BY v.created_at DESC, v.name, d.age"""
+        )
+    found: dict[str, View] = {}
     for row in rows:
-        match = (row["definition"] or {}).get("match") or {}
-        globs = {name: match.get(name) or ["*"] for name in ("topics", "classes", "tenants")}
-        out.append(View(name=row["name"], topic=row["topic"], partitions=row["partitions"], key_mode=row["key_mode"], **globs))
-    return out
+        match = Match(**{name: (row["match"] or {}).get(name) or ["*"] for name in ("topics", "classes", "tenants")})
+        view = found.get(row["topic"]) or View(name=row["name"], topic=row["topic"], partitions=row["partitions"], keys=(), matches=())
+        keys = view.keys if row["key_mode"] in view.keys else (*view.keys, row["key_mode"])
+        found[view.topic] = replace(view, keys=keys, matches=(*view.matches, match))
+    return list(found.values())
 
 
 async def stream_class(connection: Connection, tenant: str, stream: str) -> str | None:

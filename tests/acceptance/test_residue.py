@@ -172,6 +172,32 @@ def test_the_records_of_a_view_of_this_tenant_alone_are_deleted(make_world: Call
     assert {m.partition() for m in left if m.value()} == {0, 1, 2}  # the notice stands behind the barrier
 
 
+def test_a_view_is_rid_of_what_an_earlier_wider_match_and_another_key_put_there(make_world: Callable[..., World]) -> None:
+    """And the records of others that it put there stay, although the view is one tenant's alone by now."""
+    world = make_world()
+    world = reconfigured(world, views=[view_of(world.name, key="stream")])
+    world.control(wait=False)
+    wide = world.run()
+    world.planes[0].wait_ready()
+    fill(world, ("aes-1", "cart-1"))
+    wide.stop()
+    world = reconfigured(world, views=[view_of(world.name, match={"tenants": ["globex"]})])
+    world.run()
+    fill(world, ("aes-2",))
+    globex = world.carry_out("shred", Scope(tenant="globex", kind=ScopeKind.TENANT, id="globex"))
+    assert done(world, globex, "view")["method"] == "tombstones"
+    assert streams_in_view(world) == {("acme", "aes-1"), ("acme", "cart-1"), ("globex", "cart-1")}
+    acme = world.carry_out("shred", ACME)
+    assert done(world, acme, "view")["remaining"] == 0
+    assert streams_in_view(world) == {("acme", "cart-1"), ("globex", "cart-1")}
+
+
+def streams_in_view(world: World) -> set[tuple[str, str]]:
+    """(tenant, stream) of the records with a value."""
+    carried = [dict(m.headers()) for m in world.records(world.topic("view")) if m.value()]
+    return {(of["ce_tenantid"].decode(), of["ce_streamid"].decode()) for of in carried if "ce_streamid" in of}
+
+
 def test_what_nothing_ends_is_pending_and_says_so_and_there_is_no_complete(make_world: Callable[..., World]) -> None:
     """Control: nothing is declared, nothing is purged, the view's keys are sealed with their events. The same checker finds no end."""
     world = make_world()

@@ -131,6 +131,69 @@ async def test_a_key_that_is_not_known_is_waited_for_and_not_taken_for_poison(st
     assert seen.ids == names(0, 1)
 
 
+async def test_an_event_whose_key_is_not_known_holds_up_none_that_stands_before_it(store: PostgresEventStore) -> None:
+    known = [False]
+
+    async def decrypt(events: Any) -> Any:
+        if not known[0] and any(event.message_id == "e2" for event in events):
+            raise UnknownKey
+        return events
+
+    seen = Seen()
+    await append(store, 0, 4)
+    async with running(EventConsumer("c", store, decrypt=decrypt), seen):
+        await until(lambda: len(seen.ids) >= 2)
+        await asyncio.sleep(0.5)
+        assert seen.ids == names(0, 1)
+        assert await behind(store, "c") == 2, "the checkpoint is where it waits"
+        known[0] = True
+        await until(lambda: len(seen.ids) >= 4)
+    assert seen.ids == names(0, 1, 2, 3)
+
+
+async def test_an_event_that_the_hook_cannot_digest_is_set_aside_and_the_others_of_its_page_are_read(store: PostgresEventStore) -> None:
+    async def decrypt(events: Any) -> Any:
+        if any(event.message_id == "e1" for event in events):
+            raise ValueError("the secret is 42")
+        return events
+
+    seen = Seen()
+    await append(store, 0, 4)
+    async with running(EventConsumer("c", store, decrypt=decrypt), seen):
+        await until(lambda: len(seen.ids) >= 3)
+    assert seen.ids == names(0, 2, 3)
+    async with store.pool.acquire() as held:
+        [named] = await checkpoints.set_asides(held, "c")  # type: ignore[arg-type]
+    assert (named["stream_id"], named["stream_position"], named["error"]) == ("s1", 1, "ValueError")
+
+
+async def behind(store: PostgresEventStore, consumer: str) -> int:
+    """How many rows stand behind the checkpoint: what the next look goes through."""
+    return int(
+        await store.pool.fetchval(
+            """SELECT count(*) FROM messages m, consumer_checkpoints c
+               WHERE c.consumer = $1 AND (m.transaction_id, m.global_position) > (c.transaction_id, c.global_position)""",
+            consumer,
+        )
+    )
+
+
+async def test_a_consumer_does_not_look_again_at_what_it_has_passed_without_a_match(store: PostgresEventStore) -> None:
+    """Its last match may be its only one, with a year of others' events behind it."""
+    seen = Seen()
+    await store.append_to_stream("mine", [NewEvent(type="T", data=0, id="mine-1")], stream_class="Mine")
+    await append(store, 0, 30)
+    async with running(EventConsumer("c", store, classes=["Mine"]), seen):
+        await until(lambda: len(seen.ids) == 1)
+        async with asyncio.timeout(40):
+            while await behind(store, "c"):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        await append(store, 30, 5)
+        await store.append_to_stream("mine", [NewEvent(type="T", data=0, id="mine-2")], stream_class="Mine")
+        await until(lambda: len(seen.ids) >= 2)
+    assert seen.ids == ["mine-1", "mine-2"]
+
+
 async def test_a_poison_event_is_set_aside_and_named_and_the_next_one_follows(store: PostgresEventStore) -> None:
     tried: list[str] = []
 

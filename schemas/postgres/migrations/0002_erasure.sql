@@ -63,6 +63,12 @@ CREATE TABLE residue (                           -- where copies outlive the key
 );
 CREATE INDEX residue_pending ON residue (next_at) WHERE state = 'pending';
 
+-- A view's topic holds what any of its matches ever put there, under the key of that time. As an array of one, to be appended or looked for:
+-- a match whose globs are all among those of another adds nothing to it, which is what @> tells.
+ALTER TABLE views ADD COLUMN earlier JSONB NOT NULL DEFAULT '[]';
+CREATE FUNCTION view_was(v views) RETURNS JSONB LANGUAGE sql STABLE
+  RETURN jsonb_build_array(jsonb_build_object('topic', v.topic, 'key', v.key_mode, 'match', v.definition->'match'));
+
 -- of a readmitted tenant or scope, what its late records are refused by
 CREATE INDEX shred_barriers_tenant ON shred_barriers (tenant_id);
 CREATE INDEX erased_scopes_command ON erased_scopes (tenant_id, command_id);
