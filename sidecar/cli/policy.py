@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sidecar import policies
 from sidecar.cli.context import Exit, cli, fail, run_async
+from sidecar.core.detection import DEFAULT_TAGS, WHOLE, sensitive_fields
 from sidecar.core.errors import ConfigurationError, MalformedRecord
 from sidecar.core.extract import Extractor, subject_of
 from sidecar.core.policy import Classifier, Encrypt, PolicySet, Refuse
@@ -96,6 +97,29 @@ def explain(
     except (OSError, ValueError, KeyError, AttributeError):
         fail(f'error: {event} is no event\n  mend:  {{"topic": "users", "headers": {{"ce_tenantid": "acme", ...}}, "value": {{...}}}}', Exit.USAGE)
     here.show(run_async(_explain(here.settings, topic, headers, document.get("key"), raw)))
+
+
+@app.command()
+def detect(
+    context: typer.Context,
+    schema: Annotated[Path, typer.Argument(help="JSON Schema or Avro, as JSON or YAML.")],
+    stream_class: Annotated[str, typer.Option("--class", help="The class that the policy is for.")],
+    tag: Annotated[list[str] | None, typer.Option(help="A tag that means sensitive; may stand several times. PII and SENSITIVE by default.")] = None,
+) -> None:
+    """Fields that a schema marks as sensitive (x-sensitive, x-pii, confluent:tags, tags), as a policy for `policy apply`. Changes nothing."""
+    here = cli(context)
+    try:
+        document = yaml.safe_load(schema.read_text().replace("\t", " "))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError("the schema cannot be read", where=f"{schema}: {type(error).__name__}", mend="name a JSON or YAML file") from None
+    fields = list(sensitive_fields(document, tag or DEFAULT_TAGS))
+    if not fields:
+        fail(f"no field of {schema} is marked; a policy without `fields` encrypts the whole event")
+    policy = {"class": stream_class} | ({} if WHOLE in fields else {"fields": fields})
+    if here.as_json:
+        here.show({"fields": fields, "policy": policy})
+    else:
+        typer.echo(yaml.safe_dump([policy], sort_keys=False), nl=False)
 
 
 async def _explain(settings: Settings, topic: str, headers: dict[str, bytes], key: Any, value: bytes) -> dict[str, Any]:
