@@ -51,7 +51,7 @@ from sidecar.sealing import Sealing
 from sidecar.settings import Settings
 from sidecar.shredding import Shredding
 from sidecar.signing import control_signer
-from sidecar.steps import FINISHED, WRITER, Flow, Steps, SystemClock, failpoint
+from sidecar.steps import FINISHED, WRITER, Flow, Foreground, Steps, SystemClock, failpoint
 
 AT_ONCE: Final = 4
 """Commands carried out side by side, of different tenants."""
@@ -64,8 +64,8 @@ CERTIFY_SECONDS: Final = 2.0
 class Executor:
     """Works off the inbox. One task per tenant that has something to do; at most AT_ONCE of them take a step at a time."""
 
-    def __init__(self, pool: Pool, flows: Mapping[str, Flow], wake_outbox: Callable[[], None]) -> None:
-        self._pool, self._flows, self._wake_outbox = pool, flows, wake_outbox
+    def __init__(self, pool: Pool, flows: Mapping[str, Flow], wake_outbox: Callable[[], None], foreground: Foreground) -> None:
+        self._pool, self._flows, self._wake_outbox, self._foreground = pool, flows, wake_outbox, foreground
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._tenants: dict[str, asyncio.Task[None]] = {}
         self.wake = asyncio.Event()
@@ -107,7 +107,8 @@ class Executor:
                         job = await commands.next_job(connection, tenant)
                     if job is None:
                         return
-                    await self._carry_out(job)
+                    with self._foreground.command():
+                        await self._carry_out(job)
                 backoff = Backoff()
                 continue
             except (Unavailable, Conflict) as error:
@@ -366,6 +367,7 @@ class ControlPlane:
         ledger = Ledger(self._pool, self._ledger_topic, self._signer, self._settings.deployment)
         steps = Steps(self._pool, self._admin, self._clock, ledger)
         notices = Notices(self._pool, self._admin, self._writer)
+        self._foreground = steps.foreground
         self._residue = Residue(self._settings, steps, notices, self._sealing)
         self._jobs = Jobs(self._settings, steps)
         flows: dict[str, Flow] = {
@@ -377,7 +379,7 @@ class ControlPlane:
             "readmit": Readmission(steps, self._sealing().renew_dedicated),
         }
         self._outbox = Outbox(self._pool, ReceiptPublisher(self._settings))
-        self._executor = Executor(self._pool, flows, self._wake_outbox)
+        self._executor = Executor(self._pool, flows, self._wake_outbox, steps.foreground)
         await lock.add_listener(commands.CHANNEL, lambda *_: self._wake_executor())
         timers = [self._again(name, seconds, act) for name, (seconds, act) in self._timers().items()]
         work = [self._executor.run(), self._outbox.run(), self._watch(lock), *timers]
@@ -418,8 +420,11 @@ class ControlPlane:
             "residue": (POLL_SECONDS, self._look_at_residue),
             "ledger": (POLL_SECONDS, lambda: answer_asked(self._pool, self._clock)),
             "jobs": (POLL_SECONDS, self._follow_up_jobs),
-            "certify": (CERTIFY_SECONDS, self._evidence.issue),
+            "certify": (CERTIFY_SECONDS, self._certify),
         }
+
+    async def _certify(self) -> None:
+        await self._evidence.issue(self._foreground.let_pass)
 
     async def _look_at_residue(self) -> None:
         await self._residue.work()

@@ -4,6 +4,7 @@ A timer of the control plane's. It keeps nothing that a restart would miss: a re
 """
 
 import secrets
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from hashlib import sha256
 from importlib.metadata import version
@@ -46,14 +47,15 @@ class Evidence:
         self._since: datetime | None = None
         self._not_before: dict[UUID, datetime] = {}
 
-    async def issue(self) -> None:
-        """A certificate for each receipt that has none. One that cannot be issued yet holds up no other."""
+    async def issue(self, let_pass: Callable[[], Awaitable[None]]) -> None:
+        """A certificate for each receipt that has none; before each, `let_pass`. One that cannot be issued yet holds up no other."""
         async with transaction(self._pool) as connection:
             newest = await evidence.newest_receipt(connection)
             found = await evidence.due(connection, self._since)
         for due in found:
             if self._not_before.get(due.command_id, self._clock.now()) > self._clock.now():
                 continue
+            await let_pass()
             try:
                 await self._certify(due)
                 self._not_before.pop(due.command_id, None)

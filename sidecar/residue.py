@@ -51,7 +51,7 @@ class Residue:
         pool, admin, clock = steps.pool, steps.admin, steps.clock
         self._watches: Mapping[str, Watch] = {
             "grace": Grace(steps),
-            "view": ViewRecords(settings, pool, admin, notices, clock),
+            "view": ViewRecords(settings, steps, notices),
             "source": SourceRecords(admin),
             "consumers": Readers(settings, admin),
             "database": DeadRows(pool),
@@ -91,6 +91,7 @@ class Residue:
         async with transaction(self._steps.pool) as connection:
             entries = await residue.due(connection, self._steps.clock.now())
         for entry in entries:
+            await self._steps.foreground.let_pass()
             await self._record(entry, await self._look(entry))
 
     async def _look(self, entry: Entry) -> Look:

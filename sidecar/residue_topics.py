@@ -17,13 +17,12 @@ from sidecar.kafka import scan
 from sidecar.kafka.admin import Admin, TopicInfo
 from sidecar.kafka.receipts import ViewRecord
 from sidecar.notices import Notices, erasing_keys, notice, tombstones
-from sidecar.ports import Clock
 from sidecar.postgres import residue, shreds
-from sidecar.postgres.connection import Pool, transaction
+from sidecar.postgres.connection import transaction
 from sidecar.postgres.residue import Entry, Look
 from sidecar.postgres.shreds import View
 from sidecar.settings import Settings
-from sidecar.steps import failpoint
+from sidecar.steps import Steps, failpoint
 
 CHUNK: Final = 5000
 CHUNKS_AT_A_TIME: Final = 20
@@ -34,8 +33,9 @@ GONE: Final = "the topic was deleted"
 class ViewRecords:
     """Kind `view`: tombstones by the view's keys, or where a view is this tenant's alone and all of it is shredded, its records deleted."""
 
-    def __init__(self, settings: Settings, pool: Pool, admin: Admin, notices: Notices, clock: Clock) -> None:
-        self._settings, self._pool, self._admin, self._notices, self._clock = settings, pool, admin, notices, clock
+    def __init__(self, settings: Settings, steps: Steps, notices: Notices) -> None:
+        self._settings, self._notices, self._foreground = settings, notices, steps.foreground
+        self._pool, self._admin, self._clock = steps.pool, steps.admin, steps.clock
 
     async def act(self, entry: Entry) -> Look:
         found = (await asyncio.to_thread(self._admin.describe, [entry.place])).get(entry.place)
@@ -101,7 +101,7 @@ class ViewRecords:
             barrier = {p: offset for p, offset in barrier.items() if p == view_partition(f"{scope.tenant}/{scope.id}", info.partitions)}
         span = {p: (starts.get(p, 0), offset) for p, offset in barrier.items() if starts.get(p, 0) < offset}
         wanted = await self._persons_events(scope) if scope.kind is ScopeKind.SUBJECT else None
-        seen = await asyncio.to_thread(scan.payloads, self._settings, entry.place, span, _belongs(scope, wanted))
+        seen = await asyncio.to_thread(scan.payloads, self._settings, entry.place, span, _belongs(scope, wanted), self._foreground.stand_back)
         async with transaction(self._pool) as connection:
             first = await residue.encrypted_from(connection, scope.tenant, list({stream for _, stream in seen}))
         left: dict[int, int] = {}

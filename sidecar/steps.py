@@ -7,9 +7,10 @@ Any error leaves the command where it was. Unavailable is worth another try, Com
 import asyncio
 import os
 import signal
+import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol
 
@@ -41,11 +42,53 @@ def failpoint(name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Foreground:
+    """Commands under way, before which the work behind them stands back: a scan of a topic takes a core, and a shred is waited for.
+
+    Nobody stands back for good: after PATIENCE_SECONDS the work goes on all the same, piece by piece.
+    """
+
+    PATIENCE_SECONDS: Final = 1.0
+    QUIET_SECONDS: Final = 0.25
+    """Behind a command's last step its receipt is still to be published, and the next command often comes at once."""
+
+    def __init__(self) -> None:
+        self._under_way = 0
+        self._quiet = threading.Event()
+        self._quiet.set()
+        self._soon: asyncio.TimerHandle | None = None
+
+    @contextmanager
+    def command(self) -> Iterator[None]:
+        """One is under way. On the event loop's thread."""
+        if self._soon is not None:
+            self._soon.cancel()
+        self._under_way += 1
+        self._quiet.clear()
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._soon = asyncio.get_running_loop().call_later(self.QUIET_SECONDS, self._quiet.set)
+
+    def stand_back(self) -> None:
+        """Wait while one is. From a thread of the work's own: it blocks."""
+        self._quiet.wait(self.PATIENCE_SECONDS)
+
+    async def let_pass(self) -> None:
+        """The same on the event loop."""
+        until = time.monotonic() + self.PATIENCE_SECONDS
+        while not self._quiet.is_set() and time.monotonic() < until:  # noqa: ASYNC110 (an event of threads, of which a waiting thread each would be too many)
+            await asyncio.sleep(0.02)
+
+
 class Steps:
     """Shared by the flows of one control process; keeps nothing that a restart would miss."""
 
     def __init__(self, pool: Pool, admin: Admin, clock: Clock, ledger: Ledger) -> None:
         self.pool, self.admin, self.clock, self.ledger = pool, admin, clock, ledger
+        self.foreground = Foreground()
         self._evicted: dict[str, set[Backend]] = {}
 
     @asynccontextmanager

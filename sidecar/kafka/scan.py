@@ -12,13 +12,21 @@ Belongs = Callable[[str, str, str, int], bool]
 _NAMES: Final = frozenset({"ce_tenantid", "ce_streamid", "ce_streamtype", "ce_streamposition"})
 
 
-def payloads(settings: Settings, topic: str, span: Mapping[int, tuple[int, int]], belongs: Belongs) -> dict[tuple[int, str], tuple[int, int]]:
+AT_A_TIME: Final = 500
+"""Records, of some 10 µs each, between two calls of `stand_back`."""
+
+
+def payloads(
+    settings: Settings, topic: str, span: Mapping[int, tuple[int, int]], belongs: Belongs, stand_back: Callable[[], None]
+) -> dict[tuple[int, str], tuple[int, int]]:
     """Records with a value, from an offset to below another of each partition; -> (partition, stream) → how many, newest position.
 
     Aborted ones count too: their bytes are on the broker's disk like any other's. Notices have no stream and do not count.
     """
     found: dict[tuple[int, str], tuple[int, int]] = {}
-    for message in read(settings, topic, span, committed=False):
+    for number, message in enumerate(read(settings, topic, span, committed=False)):
+        if number % AT_A_TIME == 0:
+            stand_back()
         if message.value() is None:
             continue
         carried: Any = message.headers() or ()

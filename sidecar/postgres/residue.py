@@ -205,6 +205,20 @@ async def old_snapshots(connection: Connection, xid: int) -> list[str]:
     return [row["who"] for row in rows]
 
 
+async def horizon(connection: Connection) -> int:
+    """The transaction before which nobody sees a row as it was: a VACUUM that begins from now on removes all that died before it."""
+    with mapped():
+        oldest = await connection.fetchval(
+            """
+            SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint - coalesce(max(age), 0) FROM (
+              SELECT greatest(age(backend_xmin), age(backend_xid)) FROM pg_stat_activity
+                WHERE (datname = current_database() OR datname IS NULL) AND pid <> pg_backend_pid()
+              UNION ALL SELECT greatest(age(xmin), age(catalog_xmin)) FROM pg_replication_slots
+              UNION ALL SELECT age(transaction) FROM pg_prepared_xacts WHERE database = current_database()) s (age)"""
+        )
+    return int(oldest)
+
+
 async def vacuum(pool: Pool, tables: Iterable[str], since: datetime) -> dict[str, str]:
     """Rid tables of dead rows; -> table → rewritten, vacuumed, autovacuumed (since then), or what stands in the way.
 

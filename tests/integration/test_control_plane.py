@@ -26,7 +26,7 @@ from sidecar.kafka.client import client_config
 from sidecar.postgres import audit, commands, migrations
 from sidecar.postgres.connection import Connection, connect, open_pool
 from sidecar.settings import Settings, load
-from sidecar.steps import FINISHED, SystemClock
+from sidecar.steps import FINISHED, Foreground, SystemClock
 from sidecar.testing import control_plane as kit
 from sidecar.testing.local_stack import LocalStack
 
@@ -553,7 +553,7 @@ async def test_a_tenant_whose_command_takes_long_does_not_hold_up_another(world:
         await kit.seed(world.database, tenant, {})
         _, value = kit.command(world.settings, "rotate", Scope.of_tenant(tenant))
         await inbox.receive(ControlRecord(value=value, source=f"c/0/{number}"))
-    executor = Executor(pool, {"rotate": Stuck()}, lambda: None)
+    executor = Executor(pool, {"rotate": Stuck()}, lambda: None, Foreground())
     running = asyncio.create_task(executor.run())
     async with asyncio.timeout(10):
         while await world.database.fetchval("SELECT count(*) FROM commands WHERE finished_at IS NOT NULL") < 1:
