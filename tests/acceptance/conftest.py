@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from sidecar.cli.init import write_configuration
 from sidecar.testing.local_stack import LocalStack
 from tests.acceptance.world import World, build
 
@@ -28,3 +30,17 @@ def make_world(
 @pytest.fixture
 def world(make_world: Callable[..., World]) -> World:
     return make_world()
+
+
+@pytest.fixture
+def application(local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str]) -> Path:
+    """The configuration that `sidecar init app` writes, under names of this test's own; signed commands and all."""
+    file = write_configuration(tmp_path / "app", bootstrap_servers=local_stack.bootstrap_servers, dsn=database)
+    document, name = yaml.safe_load(file.read_text()), unique("app")
+    document |= {"deployment": name, "audit": {"topic": f"{name}.audit"}, "dead_letters": {"topic": f"{name}.dead"}, "http": {"port": 0}}
+    document["jobs"] = {"topic": f"{name}.jobs"}
+    document["control"] |= {part: f"{name}.{part}" for part in ("topic", "receipts", "ledger")}
+    document["sources"][0]["topic"] = document["views"][0]["match"]["topics"][0] = f"{name}.users"
+    document["views"][0]["topic"] = f"{name}.users.decrypted"
+    file.write_text(yaml.safe_dump(document))
+    return file
