@@ -59,7 +59,7 @@ def faults_of_pods(rendered: list[Document]) -> list[str]:
             demand("memory" in container.get("resources", {}).get("limits", {}), here, "no limit of memory")
             demand(not any("secretKeyRef" in str(variable) for variable in container.get("env", [])), here, "a secret in a variable")
             demand({mount["name"] for mount in container.get("volumeMounts", [])} <= mounted, here, "mounts a volume that is not there")
-            if container.get("args", [""])[0] in ("run", "control"):
+            if container.get("args", [""])[0] in ("run", "control", "worker"):
                 probed = {name: container.get(name, {}).get("httpGet", {}).get("path") for name in ("livenessProbe", "readinessProbe")}
                 demand(probed == {"livenessProbe": "/livez", "readinessProbe": "/readyz"}, here, f"probes {probed}")
     return faults

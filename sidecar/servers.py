@@ -50,10 +50,11 @@ class PostgresSettings(_Section):
     dsn: SecretStr = SecretStr("postgresql:///sidecar")
     dsn_data: SecretStr | None = None
     dsn_control: SecretStr | None = None
+    dsn_worker: SecretStr | None = None
     dsn_reader: SecretStr | None = None
     dsn_migrator: SecretStr | None = None
 
-    def for_role(self, role: Literal["data", "control", "reader", "migrator"]) -> str:
+    def for_role(self, role: Literal["data", "control", "worker", "reader", "migrator"]) -> str:
         """The DSN of a role, or the common one."""
         own: SecretStr | None = getattr(self, f"dsn_{role}")
         return (own or self.dsn).get_secret_value()

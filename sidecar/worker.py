@@ -24,7 +24,7 @@ from sidecar.steps import SystemClock
 
 
 class Worker:
-    """It rewrites stored events, so it is of the control plane's database role; its keys are the data plane's."""
+    """It rewrites stored events, for which it has a database role of its own, that shreds nothing; its keys are the data plane's."""
 
     def __init__(self, settings: Settings, instance_id: str) -> None:
         self._settings, self._name = settings, instance_id
@@ -33,7 +33,7 @@ class Worker:
     async def open(self) -> None:
         """Raises ConfigurationError, Unavailable."""
         settings, admin = self._settings, Admin(self._settings)
-        kms, dsn = open_for(settings.kms, "data"), settings.postgres.for_role("control")
+        kms, dsn = open_for(settings.kms, "data"), settings.postgres.for_role("worker")
         await check_identity(kms, "data", production=settings.profile == "production")
         async with connected(dsn) as connection:
             await migrations.check_or_migrate(connection, may_migrate=settings.profile == "development")

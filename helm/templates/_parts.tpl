@@ -48,7 +48,7 @@ securityContext:
   capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* Environment of a role (data, control, migrator): where its secrets lie. */}}
+{{/* Environment of a role (data, control, worker, migrator): where its secrets lie. */}}
 {{- define "sidecar.env" -}}
 - {name: SIDECAR_CONFIG, value: /etc/sidecar/sidecar.yaml}
 - {name: SIDECAR_POSTGRES__DSN_{{ upper .role }}_FILE, value: /run/secrets/sidecar/dsn}
@@ -137,5 +137,38 @@ tolerations:
 {{- with .affinity }}
 affinity:
   {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* The key file of `file:`, for those whose KMS identity is the data plane's. A mounted secret is readable for its group, which the
+     key file's check refuses: a private copy, in memory. */}}
+{{- define "sidecar.key.init" -}}
+{{- if .Values.secrets.kmsKey.name }}
+initContainers:
+  - name: key
+    {{- include "sidecar.container" . | nindent 4 }}
+    command: [sh, -c, "umask 077 && cp /run/secrets/kms/kek /run/sidecar/keys/kek"]
+    resources:
+      {{- toYaml .Values.migration.resources | nindent 6 }}
+    volumeMounts:
+      - {name: kms, mountPath: /run/secrets/kms, readOnly: true}
+      - {name: keys, mountPath: /run/sidecar/keys}
+{{- end }}
+{{- end }}
+
+{{- define "sidecar.key.mount" -}}
+{{- if .Values.secrets.kmsKey.name }}
+- {name: keys, mountPath: /run/sidecar/keys, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "sidecar.key.volumes" -}}
+{{- with .Values.secrets.kmsKey }}
+{{- if .name }}
+- name: kms
+  secret: {secretName: {{ .name | quote }}, defaultMode: 0440, items: [{key: {{ .key | quote }}, path: kek}]}
+- name: keys
+  emptyDir: {medium: Memory, sizeLimit: 1Mi}
+{{- end }}
 {{- end }}
 {{- end }}

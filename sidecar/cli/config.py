@@ -21,7 +21,7 @@ def show(context: typer.Context) -> None:
     """Every setting and its value; secrets are not shown."""
     here = cli(context)
     document = here.settings.model_dump(mode="json", by_alias=True)
-    for name in ("dsn", "dsn_data", "dsn_control", "dsn_reader", "dsn_migrator"):
+    for name in ("dsn", "dsn_data", "dsn_control", "dsn_worker", "dsn_reader", "dsn_migrator"):
         secret = getattr(here.settings.postgres, name)
         document["postgres"][name] = without_password(secret.get_secret_value()) if secret else None
     here.show(document)

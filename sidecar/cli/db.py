@@ -39,10 +39,12 @@ def status(context: typer.Context) -> None:
 @app.command()
 def roles(
     context: typer.Context,
-    prefix: Annotated[str, typer.Option(help="The roles are PREFIX_data, PREFIX_control, PREFIX_reader, PREFIX_migrator.")] = "sidecar",
+    prefix: Annotated[
+        str, typer.Option(help="The roles are PREFIX_data, PREFIX_control, PREFIX_worker, PREFIX_reader, PREFIX_migrator.")
+    ] = "sidecar",
     print_: Annotated[bool, typer.Option("--print", help="Change nothing; print the SQL.")] = False,
 ) -> None:
-    """Make group roles for both planes, readers and migrations, or make them right again. Run it after each migration."""
+    """Make group roles for both planes, workers, readers and migrations, or make them right again. Run it after each migration."""
     here = cli(context)
 
     async def main() -> list[Any]:

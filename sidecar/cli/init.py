@@ -18,7 +18,7 @@ kafka:
   security: {{protocol: PLAINTEXT}}     # SASL_SSL, mechanism, username, password_file, ca_file
   client: {{}}                          # passed to librdkafka as it is
 postgres:
-  dsn: {dsn}   # one per role in production: dsn_data, dsn_control, dsn_reader, dsn_migrator
+  dsn: {dsn}   # one per role in production: dsn_data, dsn_control, dsn_worker, dsn_reader, dsn_migrator
 kms:
   uri: file:./keys/kek                # development only: losing this file loses the data, a copy of it opens them
 sources:

@@ -2,6 +2,7 @@
 
     PREFIX_data       stores events and makes keys; deletes nothing, and touches no hold, command, fence or key that is gone
     PREFIX_control    carries out commands; adds to audit trail and ledger, and can change neither
+    PREFIX_worker     what data may, and seals stored events anew; it neither shreds nor lifts a fence
     PREFIX_reader     reads through views in a schema of that name, of the one tenant in the session's `sidecar.tenant`, or of all where it is *
     PREFIX_migrator   owns the tables; a member of it runs `sidecar db migrate`
 
@@ -18,7 +19,7 @@ from sidecar.core.errors import ConfigurationError
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
 
-ROLES: Final = ("data", "control", "reader", "migrator")
+ROLES: Final = ("data", "control", "worker", "reader", "migrator")
 
 DATA_READS = """tenants tenant_keys encryption_keys erased_scopes erased_refs encryption_policies policy_version streams stream_key_history
   source_topics messages partition_leases instances audit_log dead_letters refusals shred_barriers views seal_epochs ledger ledger_watermark
@@ -41,6 +42,10 @@ _DATA_UPDATES = {
     # a row lock needs the right to update some column: these mean nothing
     "encryption_policies": "updated_at",
     "seal_epochs": "created_at",
+}
+_WORKER_UPDATES = {
+    "messages": "data, data_encrypted, metadata",
+    "jobs": "state, attempts, resealed, left_alone, worker, done_at",
 }
 _CONTROL_DELETES = "messages, stream_key_history, quarantined_keys, residue, erased_refs, shred_barriers, foretold"
 _CONTROL_UPDATES_ONLY = {
@@ -84,9 +89,10 @@ async def statements(connection: Connection, prefix: str) -> list[str]:
         *(f"ALTER TABLE {name} OWNER TO {role['migrator']}" for name in tables),
         *(f"ALTER FUNCTION {row['name']} OWNER TO {role['migrator']}" for row in functions),
         f"GRANT USAGE ON SCHEMA {schema} TO {role['data']}, {role['control']}, {role['reader']}",
-        f"REVOKE ALL ON ALL TABLES IN SCHEMA {schema} FROM {role['data']}, {role['control']}, {role['reader']}",
+        f"REVOKE ALL ON ALL TABLES IN SCHEMA {schema} FROM {role['data']}, {role['control']}, {role['worker']}, {role['reader']}",
         *_data(role["data"]),
         *_control(role["control"], list(tables), version),
+        *_worker(role["worker"], role["data"]),
         *_reader(role["reader"], role["migrator"], schema, tables),
     ]
 
@@ -101,6 +107,15 @@ def _data(role: str) -> list[str]:
         f"GRANT INSERT ON {', '.join(_DATA_INSERTS.split())} TO {role}",
         *(f"GRANT UPDATE ({columns}) ON {table} TO {role}" for table, columns in _DATA_UPDATES.items()),
         f"GRANT DELETE ON consumer_set_aside TO {role}",
+    ]
+
+
+def _worker(role: str, data: str) -> list[str]:
+    return [
+        f"GRANT {data} TO {role}",
+        f"GRANT SELECT ON jobs TO {role}",
+        *(f"GRANT UPDATE ({columns}) ON {table} TO {role}" for table, columns in _WORKER_UPDATES.items()),
+        f"GRANT DELETE ON stream_key_history TO {role}",
     ]
 
 

@@ -73,7 +73,7 @@ def made(world: World) -> Iterator[Roles]:
         owner_does(world.dsn, *(f"CREATE ROLE {login} LOGIN IN ROLE {prefix}_{name}" for name, login in here.logins.items()))
         document = json.loads(world.config.read_text())
         reader = here.dsn("reader", f"search_path={prefix}_reader,public&sidecar.tenant=*")
-        own = {f"dsn_{name}": here.dsn(name) for name in ("data", "control", "migrator")} | {"dsn_reader": reader}
+        own = {f"dsn_{name}": here.dsn(name) for name in ("data", "control", "worker", "migrator")} | {"dsn_reader": reader}
         world.config.write_text(json.dumps(document | {"postgres": {"dsn": "postgresql://nobody@127.0.0.1:1/none"} | own}))
         yield here  # the planes and the command line are members; the test itself goes on as the owner
     finally:
@@ -112,6 +112,25 @@ def test_both_planes_work_under_their_own_roles(made: Roles) -> None:
     for words in (("receipts", "list"), ("audit", "tail"), ("audit", "verify"), ("status",), ("dlq", "list"), ("holds", "list"), ("policy", "list")):
         world.json(*words)
     world.json("db", "migrate")
+
+
+def test_a_worker_seals_events_anew_under_a_role_of_its_own(made: Roles) -> None:
+    world = made.world
+    world.control()
+    world.start("worker").wait_ready()
+
+    async def main() -> None:
+        async with open_library(load(world.config), writer="library-test") as library:
+            for stream in ("aes-1", "class-1", "cart-1"):
+                await library.store.append_to_stream(stream, [NewEvent(type="T", data=n) for n in range(5)], tenant="acme")
+
+    blocking(main)
+    before = world.json("events", "list", "--tenant", "acme")
+    for words in (("rotate",), ("reencrypt", "--split")):
+        done = world.json(*words, "--tenant", "acme", "--reason", "r", "--wait", "60")
+        assert done["status"] == "done"
+    assert done["events"] == {"resealed": 10, "left": 0, "chunks": 1}
+    assert world.json("events", "list", "--tenant", "acme") == before
 
 
 def test_a_library_under_the_data_planes_role_is_forgotten_by_command_and_may_destroy_nothing_itself(made: Roles) -> None:
@@ -185,6 +204,20 @@ FORBIDDEN = {
         "UPDATE certificates SET envelope = ''",
         "CREATE TABLE t (i INT)",
         "DROP TABLE messages CASCADE",
+    ],
+    "worker": [
+        "DELETE FROM messages",
+        "UPDATE messages SET stream_position = 7",
+        "DELETE FROM encryption_keys",
+        "UPDATE encryption_keys SET key_material = NULL",
+        "UPDATE tenant_keys SET state = 'destroyed', wrapped = NULL",
+        "UPDATE tenants SET state = 'active'",
+        "UPDATE erased_scopes SET readmitted_at = now()",
+        "INSERT INTO commands (command_id, op, payload, payload_sha256, status) VALUES (gen_random_uuid(), 'shred', '', '', 'accepted')",
+        "SELECT * FROM commands",
+        "UPDATE jobs SET tenant_id = 'zeta'",
+        "UPDATE audit_log SET actor = 'nobody'",
+        "CREATE TABLE t (i INT)",
     ],
     "reader": [
         "INSERT INTO tenants (tenant_id) VALUES ('t')",

@@ -43,8 +43,8 @@ def commands() -> dict[str, list[str]]:
 
 
 def test_compose_runs_what_the_design_names() -> None:
-    assert {"kafka", "postgres", "init", "migrate", "topics", "data", "control"} <= SERVICES.keys()
-    assert set(OURS) == {"init", "migrate", "topics", "data", "control"}
+    assert {"kafka", "postgres", "init", "migrate", "topics", "data", "control", "worker"} <= SERVICES.keys()
+    assert set(OURS) == {"init", "migrate", "topics", "data", "control", "worker"}
 
 
 @pytest.mark.parametrize(("service", "words"), commands().items(), ids=list(commands()))
@@ -89,7 +89,7 @@ def test_ports_are_open_to_this_machine_only(service: str) -> None:
 
 
 def test_planes_start_after_what_they_need_and_say_when_they_are_ready() -> None:
-    for plane in ("data", "control"):
+    for plane in ("data", "control", "worker"):
         waits = {name: how["condition"] for name, how in SERVICES[plane]["depends_on"].items()}
         assert waits == dict.fromkeys(("init", "migrate", "topics", "source-topic"), "service_completed_successfully")
         assert "/readyz" in " ".join(SERVICES[plane]["healthcheck"]["test"])
@@ -198,7 +198,7 @@ def open_places(schema: dict[str, Any], at: str = "") -> set[str]:
 
 def test_values_are_closed_but_for_kubernetes_own_and_the_configuration() -> None:
     schema = json.loads((ROOT / "helm" / "values.schema.json").read_text())
-    kubernetes = {f".{plane}.{name}" for plane in ("data", "control") for name in ("affinity", "tolerations[]")}
+    kubernetes = {f".{plane}.{name}" for plane in ("data", "control", "worker") for name in ("affinity", "tolerations[]")}
     assert open_places(schema) == kubernetes | {".global", ".config", ".config.http", ".config.postgres"}
 
 
