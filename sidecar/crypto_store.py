@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 from typing import Any, Final, Protocol, TypeVar, cast
 from uuid import UUID, uuid4
@@ -37,6 +37,7 @@ from sidecar.core.envelope import (
 from sidecar.core.errors import (
     AccessDenied,
     AuthenticationFailed,
+    ConfigurationError,
     Conflict,
     KeyShredded,
     MalformedRecord,
@@ -44,8 +45,9 @@ from sidecar.core.errors import (
     WrongVersion,
 )
 from sidecar.core.extract import subject_of
+from sidecar.core.fields import Fields, digest_lp, seal_document, with_document
 from sidecar.core.model import UNCLASSIFIED, Erased, Event, ScopeKind, identifier
-from sidecar.core.policy import Encrypt
+from sidecar.core.policy import Decision, Encrypt
 from sidecar.core.store import DEFAULT_TENANT, Aggregated, Appended, Cursor, Expected, ExpectedVersion, NewEvent, StreamRead, Unreadable, encode
 from sidecar.core.view import frame, library_attributes, opened
 from sidecar.key_management import Held, KeyManagementService
@@ -69,10 +71,14 @@ class CryptoContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncryptionConfig:
-    """Of one append: encrypt although policy does not ask for it, or with another algorithm. It never makes plain what policy encrypts."""
+    """Of one append: encrypt although policy does not ask for it, or with another algorithm. It never makes plain what policy encrypts.
+
+    `fields`: JSON pointers; only these are sealed, `()` for the whole event, None for what policy says.
+    """
 
     encrypt_stream: bool = True
     algorithm: str | None = None
+    fields: Sequence[str] | None = None
     key_id: UUID | None = None
     """Must be the key that is in use; a way to say which one is meant, not to choose another's."""
 
@@ -170,6 +176,10 @@ class CryptoEventStore:
                 return await self._append(held, stream, events, tenant, named, expected_version, session)
             except Moved:
                 self._keys.forget(tenant)
+            except MalformedRecord:  # or policy seals other fields by now
+                if attempt or held.stream.fields is None:
+                    raise
+                self._keys.forget(tenant)
             except AuthenticationFailed:  # plaintext, and somebody has encrypted the stream since it was loaded
                 self._keys.forget_stream(tenant, stream)
                 if held.as_of.epoch is not None or attempt == ATTEMPTS - 1:
@@ -191,6 +201,8 @@ class CryptoEventStore:
             return None
         decision = (await self._keys.policies()).decide(tenant, named)
         base = decision if isinstance(decision, Encrypt) else Encrypt(Suite.AES_256_GCM, ScopeKind.STREAM)
+        if encryption.fields is not None:
+            base = replace(base, fields=_overridden(decision, encryption.fields))
         return base if encryption.algorithm is None else replace(base, suite=Suite.from_label(encryption.algorithm))
 
     async def _append(
@@ -235,18 +247,35 @@ class CryptoEventStore:
         of_stream, now = stream_aad(held.tenant.id.encode(), stream.encode()), datetime.now(UTC)
         encoded = [encode(event.data) for event in events]
         persons = _persons(held, events, [value for value, _ in encoded])
-        keys = await self._keys.sealing_keys(held, persons)
+        fields = held.stream.fields
+        documents = [None if fields is None or value is None else fields.find(value) for value, _ in encoded]
+        counts = None if fields is None else [0 if found is None else len(found.places) for found in documents]
+        keys = await self._keys.sealing_keys(held, persons, counts)
         out = []
-        for position, (event, key, person, (value, content)) in enumerate(zip(events, keys, persons, encoded, strict=True), start=head + 1):
+        each = zip(events, keys, persons, encoded, documents, strict=True)
+        for position, (event, key, person, (value, content), document) in enumerate(each, start=head + 1):
             message_id, at = event.id or str(uuid4()), event.occurred_at or now
             attributes = library_attributes(int(at.timestamp() * 1000), event.metadata, content, value is None, person)
             extra = self._extra(held.tenant.id, stream, held.stream.stream_class, event.type)
-            aad = _aad(of_stream, position, message_id, event.type, event.schema_version, key.prefix, extra)
-            envelope = self._crypto.seal(key.cipher, key.prefix, aad, frame(attributes, value))
+            stored, place = None, (of_stream, position, message_id, event.type, event.schema_version, extra)
+            if document is None:
+                aad = _aad(*place, NO_FIELD, key.prefix)
+                envelope = self._crypto.seal(key.cipher, key.prefix, aad, frame(attributes, value))
+            else:
+                bind = partial(_aad, *place)
+                stored, envelope = seal_document(document, attributes, key.prefix, bind, partial(self._crypto.seal, key.cipher))
+                aad = bind(digest_lp(stored), key.prefix)
             enc = _enc(key.suite, key.key_id, key.version, envelope, aad) | ({"tombstone": True} if value is None else {})
-            body = {"data": to_text(envelope)} if self._postgres is None else {"data": None, "sealed": envelope}
-            out.append(replace(event, id=message_id, occurred_at=at, metadata={"enc": enc}, subject=None, **body))
+            out.append(replace(event, id=message_id, occurred_at=at, subject=None, **self._body(enc, envelope, stored)))
         return out
+
+    def _body(self, enc: dict[str, Any], envelope: bytes, stored: bytes | None) -> dict[str, Any]:
+        """What the base keeps of a sealed event; one that knows no envelopes has the one of a document in the metadata, else as the data."""
+        if self._postgres is not None:
+            return {"data": stored, "sealed": envelope, "metadata": {"enc": enc}}
+        if stored is None:
+            return {"data": to_text(envelope), "metadata": {"enc": enc}}
+        return {"data": stored, "metadata": {"enc": enc | {"document": to_text(envelope)}}}
 
     def _extra(self, tenant: str, stream: str, stream_class: str, event_type: str) -> bytes:
         if self._build_aad is None:
@@ -304,7 +333,7 @@ class CryptoEventStore:
         by_tenant: dict[str, list[int]] = {}
         out: list[Event | Erased | RecordError] = list(events)
         for number, event in enumerate(events):
-            if "enc" in event.metadata and (event.sealed is not None or _looks_sealed(event)):
+            if "enc" in event.metadata and (event.sealed is not None or "document" in event.metadata["enc"] or _looks_sealed(event)):
                 by_tenant.setdefault(event.tenant, []).append(number)
         for tenant, numbers in by_tenant.items():
             for number, answer in zip(numbers, await self._open_all(tenant, [events[n] for n in numbers]), strict=True):
@@ -328,9 +357,15 @@ class CryptoEventStore:
             header = parse_header(envelope) if (known := _header(envelope[:PREFIX_BYTES])) is None else known
             extra = self._extra(event.tenant, event.stream, event.stream_class, event.type)
             of_stream = stream_aad(event.tenant.encode(), event.stream.encode())
-            aad = _aad(of_stream, event.position, event.message_id, event.type, event.schema_version, envelope[:PREFIX_BYTES], extra)
+            stored = event.value if event.sealed is not None or "document" in event.metadata["enc"] else None
+            place = (of_stream, event.position, event.message_id, event.type, event.schema_version, extra)
+            prefix, cipher = envelope[:PREFIX_BYTES], ciphers.get(event.tenant, header)
+            aad = _aad(*place, digest_lp(stored), prefix)
             enc = _enc(header.suite, header.key_id, header.key_version, envelope, aad)
-            return opened(event, self._crypto.open(ciphers.get(event.tenant, header), envelope, aad), {"enc": enc})
+            read = opened(event, self._crypto.open(cipher, envelope, aad), {"enc": enc})
+            if stored is None:
+                return read
+            return with_document(read, stored, prefix, partial(_aad, *place), partial(self._crypto.open, cipher))
         except KeyShredded:
             return Erased(tenant=event.tenant, stream=event.stream, position=event.position, message_id=event.message_id, type=event.type)
         except RecordError as error:
@@ -356,9 +391,24 @@ def _check_override(encryption: EncryptionConfig | None, held: Held) -> None:
             raise AccessDenied("that is not the key that this stream is sealed with")
 
 
-def _aad(of_stream: bytes, position: int, message_id: str, event_type: str, schema_version: int, prefix: bytes, extra: bytes) -> bytes:
+def _overridden(decision: Decision, pointers: Sequence[str]) -> Fields | None:
+    """The fields that a call asks for. Raises AccessDenied where policy seals more, ConfigurationError for pointers that are none."""
+    if not pointers:
+        return None
+    try:
+        fields = Fields(tuple(pointers))
+    except ValueError as error:
+        raise ConfigurationError(str(error), where="EncryptionConfig.fields", mend="name each field once, by a JSON pointer") from None
+    if isinstance(decision, Encrypt) and not (decision.fields is not None and set(decision.fields.pointers) <= set(fields.pointers)):
+        raise AccessDenied("policy seals more than these fields; an append cannot leave it plain")
+    return fields
+
+
+def _aad(
+    of_stream: bytes, position: int, message_id: str, event_type: str, schema_version: int, extra: bytes, field_lp: bytes, prefix: bytes
+) -> bytes:  # fmt: skip
     id_raw, type_raw = message_id.encode(), event_type.encode()
-    return event_aad(of_stream, position, u32(len(id_raw)) + id_raw, u32(len(type_raw)) + type_raw, schema_version, NO_FIELD, prefix) + extra
+    return event_aad(of_stream, position, u32(len(id_raw)) + id_raw, u32(len(type_raw)) + type_raw, schema_version, field_lp, prefix) + extra
 
 
 def _enc(suite: Suite, key_id: UUID, version: int, envelope: bytes, aad: bytes) -> dict[str, Any]:
@@ -384,7 +434,7 @@ def _envelope(event: Event) -> bytes | RecordError:
     if event.sealed is not None:
         return event.sealed
     try:
-        return from_text(cast(str, event.data))
+        return from_text(cast(str, event.metadata["enc"].get("document", event.data)))
     except RecordError as error:
         return error
 

@@ -6,12 +6,14 @@ are not what was sealed for this place); not now (the KMS or Postgres is away).
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, cast
 from uuid import UUID
 
 from sidecar.core.aead import Cipher, Suite, lp
-from sidecar.core.envelope import NO_FIELD, PREFIX_BYTES, Header, event_aad, open_envelope, parse_header, stream_aad
+from sidecar.core.envelope import PREFIX_BYTES, Header, event_aad, open_envelope, parse_header, stream_aad
 from sidecar.core.errors import AuthenticationFailed, KeyShredded, KeyUnavailable, RecordError, UnknownKey
+from sidecar.core.fields import digest_lp, with_document
 from sidecar.core.keys import Kek, TenantState
 from sidecar.core.model import Erased, Event, Scope, ScopeKind
 from sidecar.core.view import guard_stripe, opened
@@ -110,17 +112,17 @@ def open_row(row: Any, ciphers: Ciphers) -> Event:
     sealed = event.sealed
     if sealed is None:
         return event
-    header = parse_header(sealed)
-    aad = event_aad(
+    bind = partial(
+        event_aad,
         stream_aad(event.tenant.encode(), event.stream.encode()),
         event.position,
         lp(event.message_id.encode()),
         lp(event.type.encode()),
         event.schema_version,
-        NO_FIELD,
-        sealed[:PREFIX_BYTES],
     )
-    return opened(event, open_envelope(ciphers.get(event.tenant, header), sealed, aad))
+    prefix, cipher = sealed[:PREFIX_BYTES], ciphers.get(event.tenant, parse_header(sealed))
+    read = opened(event, open_envelope(cipher, sealed, bind(digest_lp(event.value), prefix)))
+    return read if event.value is None else with_document(read, event.value, prefix, bind, partial(open_envelope, cipher))
 
 
 class EventStore:

@@ -133,10 +133,10 @@ class Evidence:
     async def _events(self, connection: Any, due: Due, scope: Scope) -> dict[str, Any]:
         """As on the receipt; counted now where the receipt did not wait for it."""
         told = due.receipt["events"]
-        sealed, plain = told["unreadable"], told["plain_remaining"]
-        if sealed is None:
-            sealed, plain = await shreds.count_events(connection, scope, due.stood_at)
-        return {"unreadable": sealed, "plain_remaining": plain, "plain_deleted": told.get("plain_deleted", 0)}
+        if told["unreadable"] is None:
+            told = told | shreds.events_on_receipt(*await shreds.count_events(connection, scope, due.stood_at))
+        partly = {name: told[name] for name in ("clear_remainders", "remainders_deleted") if name in told}
+        return {"unreadable": told["unreadable"], "plain_remaining": told["plain_remaining"], "plain_deleted": told.get("plain_deleted", 0)} | partly
 
     async def _sampled(self, scope: Scope, stood_at: datetime) -> dict[str, Any]:
         """Try to open some of the scope's events, as any reader would. Raises SampleOpened, SampleInvalid, or what is unavailable."""

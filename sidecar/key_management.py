@@ -131,6 +131,8 @@ class KeyManagementService:
         now = found.by_subject or found.key
         if isinstance(decision, Encrypt) and (now is None or now.suite is not decision.suite):
             return None
+        if found.fields != (decision.fields if isinstance(decision, Encrypt) else None):
+            return None  # as another call's override had it
         return self._held(held, found, self._policies, wanted)
 
     @staticmethod
@@ -188,10 +190,13 @@ class KeyManagementService:
         suite = decision.suite if isinstance(decision, Encrypt) else Suite.AES_256_GCM
         return await self.hold(tenant, stream, stream_class, Encrypt(suite, ScopeKind.STREAM), text=True)
 
-    async def sealing_keys(self, held: Held, persons: Sequence[str | None]) -> list[SealingKey]:
-        """A key per event, with room to seal: the stream's, or its person's. Raises RecordRefused for a person who was erased, KeyExhausted."""
+    async def sealing_keys(self, held: Held, persons: Sequence[str | None], fields: Sequence[int] | None = None) -> list[SealingKey]:
+        """A key per event, with room to seal: the stream's, or its person's. Raises RecordRefused for a person who was erased, KeyExhausted.
+
+        `fields`: how many fields of each event are sealed beside it.
+        """
         by = held.stream.by_subject
-        if by is None and held.stream.key is not None and len(persons) <= held.stream.key.left:
+        if by is None and fields is None and held.stream.key is not None and len(persons) <= held.stream.key.left:
             held.stream.key.left -= len(persons)
             return [held.stream.key] * len(persons)
         async with self._making:
@@ -203,10 +208,12 @@ class KeyManagementService:
                 if self._streams.tenants.get(held.tenant.id.encode()) is not held.tenant:
                     raise Moved
                 needs: dict[SealingKey, int] = {}
-                for name in persons:
+                more: dict[SealingKey, int] = {}
+                for name, count in zip(persons, fields or [0] * len(persons), strict=True):
                     key = self._key_of(held, name)
                     needs[key] = needs.get(key, 0) + 1
-                self._streams.make_room(needs, fresh)
+                    more[key] = more.get(key, 0) + count
+                self._streams.make_room(needs, fresh, more)
                 await self._record(held.tenant, fresh)
             except Conflict:
                 self._streams.discard([held.tenant.id])

@@ -8,6 +8,7 @@ had staged; whatever is not known for certain is asked of Postgres and Kafka aga
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -16,8 +17,9 @@ from sidecar.core.aead import u32
 from sidecar.core.envelope import NO_FIELD, Sealer, event_aad
 from sidecar.core.errors import Conflict, KeyUnavailable, RecordError, SidecarError, Unavailable
 from sidecar.core.extract import Extractor
+from sidecar.core.fields import Bind, Document, seal_document
 from sidecar.core.policy import Classifier, PolicySet
-from sidecar.core.streams import Stream
+from sidecar.core.streams import SealingKey, Stream
 from sidecar.core.view import attributes, frame
 from sidecar.dead_letters import DeadLetters
 from sidecar.event_store import Ciphers
@@ -321,19 +323,24 @@ class Pipeline:
             stream.head = position = stream.head + 1
             if note_heads:
                 heads[tenant.id, stream.id] = position
-            value, id_lp, sealed = item.value, u32(len(item.message_id)) + item.message_id, None
+            value, id_lp, sealed, clear = item.value, u32(len(item.message_id)) + item.message_id, None, None
             key, person = (stream.key, None) if subject is None else (subject.key, subject.id)
             attrs = attributes(item.key, item.timestamp_ms, item.headers, value is None, person)
             if key is not stream.noted and key is not None:
                 streams.note_use(tenant, stream, key, subject, position, work.fresh)
             if key is not None:
-                aad = event_aad(tenant.aad + stream.id_lp, position, id_lp, item.type_lp, 1, NO_FIELD, key.prefix)
-                sealed = sealer.seal(key.cipher, key.prefix, aad, frame(attrs, value))
+                if item.document is None:
+                    aad = event_aad(tenant.aad + stream.id_lp, position, id_lp, item.type_lp, 1, NO_FIELD, key.prefix)
+                    sealed = sealer.seal(key.cipher, key.prefix, aad, frame(attrs, value))
+                else:
+                    clear, sealed = _seal_fields(
+                        item.document, attrs, key, partial(event_aad, tenant.aad + stream.id_lp, position, id_lp, item.type_lp, 1)
+                    )
                 work.sealed += 1
             elif stream.by_subject is not None:
                 raise KeyUnavailable("a record of a person's has no key")  # never plaintext instead
             add(
-                tenant.id_lp, stream.id_lp, position, id_lp, item.type_lp, item.occurred_us, value, attrs, sealed,
+                tenant.id_lp, stream.id_lp, position, id_lp, item.type_lp, item.occurred_us, value if sealed is None else clear, attrs, sealed,
                 lease.source_id, lease.partition, item.offset, value is None,
             )  # fmt: skip
             if item.projected and views and (wanting := views.matching(lease.topic, stream.stream_class, tenant.id)):
@@ -421,6 +428,11 @@ class Pipeline:
             telemetry.refusals.labels(refusal.reason).inc()
         for row in work.fresh.deks:
             telemetry.keys_created.labels(row.name.scope.kind.value).inc()
+
+
+def _seal_fields(document: Document, attrs: bytes, key: SealingKey, bind: Bind) -> tuple[bytes, bytes]:
+    """-> the document as it is stored, and the envelope beside it."""
+    return seal_document(document, attrs, key.prefix, bind, partial(Sealer(len(document.places) + 1).seal, key.cipher))
 
 
 def _note_source(stream: Stream, lease: Lease) -> None:

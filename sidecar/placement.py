@@ -1,12 +1,13 @@
 """Where each record of a batch belongs: its tenant, stream and person, and a key with room to seal it. Whatever is not in hand is read in
 one round trip for all; the KMS is called here, before any lock."""
 
+from sidecar.core.errors import MalformedRecord
 from sidecar.core.policy import Classifier, PolicySet
 from sidecar.core.streams import SealingKey, Tenant, Touch
 from sidecar.dead_letters import DeadLetters
 from sidecar.persons import Persons
 from sidecar.streams import Streams
-from sidecar.work import Item, Work
+from sidecar.work import Faulty, Item, Work
 
 
 class Placement:
@@ -51,21 +52,34 @@ class Placement:
     async def _make_room(self, work: Work) -> None:
         """Each key that the batch seals with may seal as often as it will, or has a successor from here on."""
         needs: dict[SealingKey, int] = {}
+        fields: dict[SealingKey, int] = {}
         personal: list[Item] = []
+        documents: list[Item] = []
         for item in work.items:
             stream = item.place
             if stream is None or stream.refusal is not None:
                 continue
+            if stream.fields is not None and item.value is not None:
+                documents.append(item)
+                if not _take_apart(work, item):
+                    continue
             if stream.key is not None:
                 needs[stream.key] = needs.get(stream.key, 0) + 1
             elif stream.by_subject is not None:
                 personal.append(item)
+        if any(item.document is None for item in documents):
+            faulty = {id(item) for item in documents if item.document is None}
+            work.items = [item for item in work.items if id(item) not in faulty]
         keys = await self._persons.resolve(work, personal) if personal else []
         if work.faulty:
             keys += await self._dead_letters.keys(work)
         for key in keys:
             needs[key] = needs.get(key, 0) + 1
-        self._streams.make_room(needs, work.fresh)
+        for item in documents:
+            by = item.subject or item.place
+            if by is not None and (sealing := by.key) is not None and item.document is not None:
+                fields[sealing] = fields.get(sealing, 0) + len(item.document.places)
+        self._streams.make_room(needs, work.fresh, fields)
 
     def _touch(self, tenant: Tenant, item: Item) -> Touch:
         stream = item.stream.decode()
@@ -77,3 +91,15 @@ class Placement:
     def _is_late(tenant: Tenant, item: Item) -> bool:
         """No stream is made for a record that stood in the topic when its tenant was shredded."""
         return tenant.refusal_of(item.lease.source_id, item.lease.partition, item.offset, None) is not None
+
+
+def _take_apart(work: Work, item: Item) -> bool:
+    """A record whose fields cannot be told from the rest is a dead letter: sealed whole it would not be what policy asks for, and plain never."""
+    stream = item.place
+    if stream is None or stream.fields is None or item.value is None:
+        return True
+    try:
+        item.document = stream.fields.find(item.value)
+    except MalformedRecord as error:
+        work.faulty.append(Faulty(item.lease, item.offset, error.reason, item.tenant.decode(), item.stream, item.value, item.projected))
+    return item.document is not None

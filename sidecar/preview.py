@@ -35,6 +35,7 @@ async def preview(steps: Steps, notices: Notices, job: Job, command: Command) ->
     (deks, keks, streams), (events, in_force, shared, views) = await counts, await found
     if command.include_plain and events["plain_remaining"] is not None:
         events |= {"plain_remaining": 0, "plain_deleted": events["plain_remaining"]}
+        events |= {"remainders_deleted": cleared} if (cleared := events.pop("clear_remainders", 0)) else {}
     body = steps.receipt_of(
         job,
         command,
@@ -57,8 +58,7 @@ async def _events(connection: Connection, scope: Scope) -> dict[str, Any]:
     try:
         async with connection.transaction():
             await connection.execute(f"SET LOCAL statement_timeout = {COUNT_MS}")
-            sealed, plain = await shreds.count_events(connection, scope)
-            return shreds.events_on_receipt(sealed, plain) | {"exact": True}
+            return shreds.events_on_receipt(*await shreds.count_events(connection, scope)) | {"exact": True}
     except StoreUnavailable:
         await connection.execute("SET LOCAL statement_timeout = 0")
         sealed, plain = await shreds.estimate_events(connection, scope)

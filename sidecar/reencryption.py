@@ -8,16 +8,18 @@ A shred that came first has moved the epoch, so nothing of its scope is opened o
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 import orjson
 
 from sidecar.core.aead import lp
-from sidecar.core.envelope import NO_FIELD, PREFIX_BYTES, Sealer, event_aad, open_envelope, parse_header, stream_aad
-from sidecar.core.errors import AuthenticationFailed, Conflict, KeyUnavailable, RecordError, RecordRefused
+from sidecar.core.envelope import NO_FIELD, PREFIX_BYTES, TEXT_PREFIX, Sealer, event_aad, open_envelope, parse_header, seal, stream_aad
+from sidecar.core.errors import AuthenticationFailed, Conflict, KeyUnavailable, MalformedRecord, RecordError, RecordRefused
+from sidecar.core.fields import Bind, Document, Fields, digest_lp, open_document, seal_document
 from sidecar.core.history import overlaid
-from sidecar.core.streams import SealingKey
-from sidecar.core.view import frame, guard_stripe
+from sidecar.core.streams import SealingKey, Stream
+from sidecar.core.view import frame, guard_stripe, unframe
 from sidecar.event_store import Ciphers
 from sidecar.key_management import Held, KeyManagementService
 from sidecar.postgres import jobs
@@ -81,14 +83,15 @@ class Reencryption:
             rows = await jobs.rows_not_under(connection, chunk, stream, held.stream.key.prefix, before, ROWS)
         if not rows:
             return None
-        [key, *_] = await self._keys.sealing_keys(held, [None] * len(rows))
+        fields = [_count_fields(row, held.stream.fields) for row in rows]
+        [key, *_] = await self._keys.sealing_keys(held, [None] * len(rows), fields if any(fields) else None)
         headers = {bytes(row["data_encrypted"][:PREFIX_BYTES]): row["data_encrypted"] for row in rows if row["data_encrypted"] is not None}
         epoch, ciphers = await self._keys.opening(chunk.tenant, _headers(headers.values()))
         if epoch != held.as_of.epoch:
             raise Moved
         failpoint("worker:opened")
         async with self._as_of(held, alone=any(row["data_encrypted"] is None for row in rows)) as connection:
-            resealed = await self._reseal(connection, chunk, stream, rows, key, ciphers)
+            resealed = await self._reseal(connection, chunk, held.stream, rows, key, ciphers)
         return Count(resealed, len(rows) - resealed), rows[-1]["stream_position"]
 
     async def _leave(self, chunk: Chunk, stream: str, before: int) -> tuple[Count, int] | None:
@@ -115,23 +118,22 @@ class Reencryption:
     def _is_now(held: Held, now: Any) -> bool:
         return now is not None and (now["epoch"], now["policies"]) == (held.as_of.epoch, held.as_of.policy_version)
 
-    async def _reseal(self, connection: Connection, chunk: Chunk, stream: str, rows: Sequence[Any], key: SealingKey, ciphers: Ciphers) -> int:
-        of_stream, sealer = stream_aad(chunk.tenant.encode(), stream.encode()), Sealer(len(rows))
-        new: list[tuple[int, bytes | None, bytes]] = []
-        wrote: dict[int, tuple[bytes, bytes]] = {}
+    async def _reseal(self, connection: Connection, chunk: Chunk, of: Stream, rows: Sequence[Any], key: SealingKey, ciphers: Ciphers) -> int:
+        stream, of_stream = of.id, stream_aad(chunk.tenant.encode(), of.id_lp[4:])
+        new: list[tuple[int, bytes | None, bytes, bytes | None]] = []
+        read: dict[int, tuple[dict[str, Any], Content]] = {}
         for row in rows:
             try:
-                plaintext = _plaintext(chunk.tenant, of_stream, row, ciphers)
+                content = _plain(row, of.fields) if row["data_encrypted"] is None else _opened(chunk.tenant, of_stream, row, ciphers)
             except (RecordError, KeyUnavailable):
                 continue  # altered, shredded or unknown: it stays as it is, and is counted
-            aad, at = _aad(of_stream, row, key.prefix), row["stream_position"]
-            old = None if row["data_encrypted"] is None else bytes(row["data_encrypted"][:PREFIX_BYTES])
-            new.append((at, old, sealer.seal(key.cipher, key.prefix, aad, plaintext)))
-            wrote[at] = (aad, plaintext)
+            at, old = row["stream_position"], row["data_encrypted"] and bytes(row["data_encrypted"][:PREFIX_BYTES])
+            new.append((at, old, *_sealed(key, content, partial(_aad, of_stream, row))))
+            read[at] = (dict(row), content)
         written = await jobs.replace(connection, chunk.tenant, stream, new)
         for row in written:
-            aad, plaintext = wrote[row["stream_position"]]
-            if open_envelope(key.cipher, bytes(row["data_encrypted"]), aad) != plaintext:
+            before, content = read[row["stream_position"]]
+            if _opened(chunk.tenant, of_stream, before | dict(row), key) != content:
                 raise AuthenticationFailed("what was written is not what was read")  # and the transaction is undone
         if written:
             ranges, head = await jobs.lock_history(connection, chunk.tenant, stream)
@@ -152,15 +154,51 @@ def _headers(envelopes: Any) -> list[Any]:
     return out
 
 
-def _aad(of_stream: bytes, row: Any, prefix: bytes) -> bytes:
+def _aad(of_stream: bytes, row: Any, field_lp: bytes, prefix: bytes) -> bytes:
     id_lp, type_lp = lp(row["message_id"].encode()), lp(row["message_type"].encode())
-    return event_aad(of_stream, row["stream_position"], id_lp, type_lp, row["schema_version"], NO_FIELD, prefix)
+    return event_aad(of_stream, row["stream_position"], id_lp, type_lp, row["schema_version"], field_lp, prefix)
 
 
-def _plaintext(tenant: str, of_stream: bytes, row: Any, ciphers: Ciphers) -> bytes:
-    """The frame as it is sealed; a plain event's own attributes and value become one."""
-    sealed = row["data_encrypted"]
-    if sealed is None:
-        return frame(orjson.dumps(row["metadata"] or {}), row["data"])
-    sealed = bytes(sealed)
-    return open_envelope(ciphers.get(tenant, parse_header(sealed)), sealed, _aad(of_stream, row, sealed[:PREFIX_BYTES]))
+class Content(NamedTuple):
+    """Of an event: its attributes, and its value or the document of which fields are sealed. An event keeps its form when it is sealed anew."""
+
+    attributes: bytes
+    value: bytes | Document
+
+
+def _count_fields(row: Any, fields: Fields | None) -> int:
+    """How many seals beside the event's own it takes at most."""
+    if row["data"] is None:
+        return 0
+    if row["data_encrypted"] is not None:
+        return bytes(row["data"]).count(b'"' + TEXT_PREFIX.encode())
+    value = _plain(row, fields).value
+    return len(value.places) if isinstance(value, Document) else 0
+
+
+def _plain(row: Any, fields: Fields | None) -> Content:
+    """A plain event, to be sealed as policy says; whole, where its fields cannot be told from the rest."""
+    attributes, value = orjson.dumps(row["metadata"] or {}), row["data"] or b""
+    if fields is not None and row["data"] is not None:
+        try:
+            return Content(attributes, fields.find(value))
+        except MalformedRecord:
+            pass
+    return Content(attributes, value)
+
+
+def _opened(tenant: str, of_stream: bytes, row: Any, ciphers: Ciphers | SealingKey) -> Content:
+    sealed, stored = bytes(row["data_encrypted"]), row["data"]
+    cipher = ciphers.cipher if isinstance(ciphers, SealingKey) else ciphers.get(tenant, parse_header(sealed))
+    prefix, bind = sealed[:PREFIX_BYTES], partial(_aad, of_stream, row)
+    attributes, value = unframe(open_envelope(cipher, sealed, bind(digest_lp(stored), prefix)))
+    return Content(attributes, value if stored is None else open_document(stored, value, prefix, bind, partial(open_envelope, cipher)))
+
+
+def _sealed(key: SealingKey, content: Content, bind: Bind) -> tuple[bytes, bytes | None]:
+    """-> the envelope, and the document beside it."""
+    attributes, value = content
+    if not isinstance(value, Document):
+        return seal(key.cipher, key.prefix, bind(NO_FIELD, key.prefix), frame(attributes, value)), None
+    stored, envelope = seal_document(value, attributes, key.prefix, bind, partial(Sealer(len(value.places) + 1).seal, key.cipher))
+    return envelope, stored

@@ -24,7 +24,7 @@ def plan_store(settings: Settings, facts: dict[str, Any], now: datetime) -> list
 
     `facts["xid"]`: the transaction that destroyed; the deletions came behind it, and a grace's end will.
     """
-    kept_until, keys, plain = facts.get("kept_until"), facts["keys"]["count"], facts.get("plain_deleted")
+    kept_until, keys, plain = facts.get("kept_until"), facts["keys"]["count"], facts.get("plain_deleted") or facts.get("remainders_deleted")
     if not keys and not plain:
         return []
     dead: dict[str, Any] = {} if kept_until or plain else {"xid": facts["xid"]}

@@ -14,6 +14,7 @@ from sidecar.core.aead import Suite
 from sidecar.core.command import Command, Op, grace_seconds
 from sidecar.core.dsse import MAX_SIGNATURES
 from sidecar.core.errors import ConfigurationError, UnsupportedEnvelope
+from sidecar.core.fields import Fields
 from sidecar.core.keys import HARD_LIMIT_USES, SOFT_LIMIT_USES, USES_BLOCK, UseLimits
 from sidecar.core.kms import KmsUri
 from sidecar.core.model import ScopeKind, duration_ms
@@ -96,6 +97,13 @@ class PolicySpec(_Section):
     subject: str | None = None
     """With key_scope subject: what names a record's person; header:ce_subjectid unless given. A record without one is a dead letter."""
     rotation_days: int | None = Field(default=None, ge=1)
+    fields: tuple[str, ...] = ()
+    """JSON pointers, `*` for every name or index: only these fields are encrypted, the rest of the document stays clear JSON. Without, all is."""
+
+    @field_validator("fields")
+    @classmethod
+    def _pointers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return Fields(value).pointers
 
     @field_validator("algorithm")
     @classmethod
@@ -113,6 +121,12 @@ class PolicySpec(_Section):
             _an_extractor(self.subject, ("header:", "json:/"))
         return self
 
+    @model_validator(mode="after")
+    def _fields_are_encrypted(self) -> Self:
+        if self.fields and not self.encrypt:
+            raise ValueError("fields: go with encrypt: true alone")
+        return self
+
     @property
     def subject_extractor(self) -> str | None:
         return (self.subject or SUBJECT_HEADER) if self.key_scope == "subject" else None
@@ -127,6 +141,7 @@ class PolicySpec(_Section):
             key_scope=ScopeKind(self.key_scope),
             subject=self.subject_extractor,
             rotation_days=self.rotation_days,
+            fields=self.fields,
             version=version,
         )
 

@@ -142,7 +142,7 @@ class Shredding:
             inaccessible_at=facts["inaccessible_at"],
             irrecoverable_reason=reason(planned) if planned else None,
             keys=facts["keys"] | ({"deks_below": deks} if scope.kind is ScopeKind.TENANT else {}),
-            events=counted | ({"plain_deleted": facts["plain_deleted"]} if "plain_deleted" in facts else {}),
+            events=counted | {name: facts[name] for name in ("plain_deleted", "remainders_deleted") if name in facts},
             barrier=facts["barrier"],
             instances=facts["instances"],
             residue=on_receipt(planned),
@@ -186,9 +186,20 @@ class Shredding:
             if rows:
                 await self._notices.write([t for row in rows for t in plain_tombstones(command.scope.tenant, row, views)])
                 after, deleted = (rows[-1]["stream_id"], rows[-1]["stream_position"]), deleted + len(rows)
+            facts = {"plain_deleted": deleted, "plain_after": after}
+            rest = await self._clear_remainders(connection, job, command.scope)
             failpoint("shred:clearing")
-            step = "noticed" if len(rows) == CHUNK else "cleared"
-            return await commands.advance(connection, job, step, {"plain_deleted": deleted, "plain_after": after})
+            step = "noticed" if len(rows) == CHUNK or rest.pop("more", False) else "cleared"
+            return await commands.advance(connection, job, step, facts | rest)
+
+    async def _clear_remainders(self, connection: Connection, job: Job, scope: Scope) -> dict[str, Any]:
+        """The next chunk of what stands in clear beside encrypted fields; the events stay, unreadable. `more`: there is another chunk."""
+        after = tuple(job.facts.get("remainders_after", ("", 0)))
+        rows = await shreds.clear_remainders(connection, scope, after, CHUNK)
+        if not rows:
+            return {}
+        deleted = int(job.facts.get("remainders_deleted", 0)) + len(rows)
+        return {"remainders_deleted": deleted, "remainders_after": (rows[-1][0], rows[-1][1]), "more": len(rows) == CHUNK}
 
 
 def _in_ledger(sources: list[tuple[int, str, str]], ends: dict[int, dict[int, int]]) -> list[SourceEnd]:

@@ -4,14 +4,15 @@ Whatever a batch changed here before it committed is dropped with it (`discard`)
 A tenant whose epoch moved (shred, rotation, policy) is dropped whole, keys and all.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from sidecar.core.aead import Cipher, Suite, lp
 from sidecar.core.audit import scope_ref
 from sidecar.core.envelope import EVENT_DOMAIN, Header
 from sidecar.core.errors import KeyExhausted, KeyUnavailable
-from sidecar.core.keys import DekRow, Kek, TenantState, UseLimits
+from sidecar.core.keys import SUBJECTS_PER_BLOCK, DekRow, Kek, TenantState, UseLimits
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.policy import Decision, Encrypt, PolicySet, Refuse
 from sidecar.core.streams import Fresh, KeyRef, SealingKey, Stream, Subject, Tenant, Touch
@@ -127,11 +128,12 @@ class Streams:
         if row["is_encrypted"] and not isinstance(decision, Encrypt):
             decision = Encrypt(Suite.AES_256_GCM, ScopeKind.STREAM)  # once encrypted, encrypted for good
         if row["own_key"] and isinstance(decision, Encrypt) and decision.key_scope in (ScopeKind.CLASS, ScopeKind.TENANT):
-            decision = Encrypt(decision.suite, ScopeKind.STREAM)
+            decision = Encrypt(decision.suite, ScopeKind.STREAM, fields=decision.fields)
         refusal = "scope_erased" if row["erased"] or stream_class in touch.tenant.erased_classes else None
         if refusal is None and isinstance(decision, Refuse):
             refusal = "policy_refuse"
         stream = Stream(touch.stream, lp(touch.stream.encode()), stream_class, refusal, None, row["head"], turns=known is not None)
+        stream.fields = decision.fields if isinstance(decision, Encrypt) else None
         if isinstance(decision, Encrypt) and decision.key_scope is ScopeKind.SUBJECT:
             stream.by_subject = decision
             stream.turns = stream.turns and (not row["is_encrypted"] or row["encryption_key_id"] is not None)
@@ -191,7 +193,7 @@ class Streams:
         for row in await self.store.newest_keys(scopes):
             dek = dek_row(row)
             stream = dek.name.scope.kind is ScopeKind.STREAM
-            out[dek.name.scope] = _Found(dek, (row["closed"] or 0) if stream else row["uses_reserved"], row["open_from"])
+            out[dek.name.scope] = _Found(dek, row["uses_reserved"] + ((row["closed"] or 0) if stream else 0), row["open_from"])
         return out
 
     async def _sealing_key(self, tenant: Tenant, scope: Scope, suite: Suite, found: "dict[Scope, _Found]", fresh: Fresh) -> SealingKey:
@@ -208,14 +210,15 @@ class Streams:
 
     # ── counting ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def make_room(self, needs: dict[SealingKey, int], fresh: Fresh) -> None:
+    def make_room(self, needs: dict[SealingKey, int], fresh: Fresh, fields: Mapping[SealingKey, int] = MappingProxyType({})) -> None:
         """Before a batch is sealed: each key may be used as often as the batch has records for it, or has a successor from here on.
 
-        Raises KeyExhausted where a key would seal beyond the hard limit: then nothing of the batch is sealed.
+        `fields`: how many more seals each is needed for, of fields of documents. Of a stream's key those are on record, in blocks: its
+        positions do not tell of them. Raises KeyExhausted where a key would seal beyond the hard limit: then nothing of the batch is sealed.
         """
         limits = self._limits
-        for used, n in needs.items():
-            key = used
+        for used, records in needs.items():
+            key, n = used, records + fields.get(used, 0)
             if n > key.left:
                 if key.uses >= limits.soft:
                     key = self._rotate(used, fresh)
@@ -227,6 +230,12 @@ class Streams:
                 if key.scope.kind is not ScopeKind.STREAM:
                     self._reserve((key.scope.tenant, key.key_id, key.version), more, fresh)
             key.left -= n
+            if n > records and key.scope.kind is ScopeKind.STREAM:
+                if n - records > key.fields_left:
+                    block = max(limits.block // SUBJECTS_PER_BLOCK, n - records)
+                    self._reserve((key.scope.tenant, key.key_id, key.version), block, fresh)
+                    key.fields_left += block
+                key.fields_left -= n - records
 
     def _reserve(self, key: KeyRef, uses: int, fresh: Fresh) -> None:
         fresh.reserved[key] = fresh.reserved.get(key, 0) + uses
@@ -295,7 +304,7 @@ def _foretold(touch: Touch, row: Any) -> Iterator[Scope]:
 
 
 class _Found(NamedTuple):
-    """A key as the store has it: uses reserved, or of a stream's key the positions sealed up to `open_from`."""
+    """A key as the store has it: uses reserved, and of a stream's key the positions sealed up to `open_from`, which are not reserved."""
 
     row: DekRow
     uses: int

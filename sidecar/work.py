@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from sidecar.core.fields import Document
 from sidecar.core.model import Headers
 from sidecar.core.streams import Fresh, Stream, Subject, Tenant
 from sidecar.core.view import guard_stripe
@@ -42,6 +43,8 @@ class Item:
     """Its stream, once that is in hand; None where the tenant is refused."""
     subject: Subject | None = None
     """Its person, where the record is sealed under that person's key."""
+    document: Document | None = None
+    """Its value taken apart, where policy seals fields of it."""
 
 
 @dataclass(slots=True)

@@ -30,6 +30,7 @@ _COLUMNS = (
     "encryption_algorithm",
     "key_scope",
     "subject",
+    "fields",
     "key_rotation_interval_days",
     "version",
 )
@@ -59,7 +60,7 @@ def get(context: typer.Context, policy_id: str) -> None:
 
 @app.command()
 def apply(context: typer.Context, file: Annotated[Path, typer.Argument(help="YAML: a list of policies.")]) -> None:
-    """Make policies as a file says: {class, tenant, encrypt, algorithm, key_scope, subject, rotation_days} each. Live within a second."""
+    """Make policies as a file says: {class, tenant, encrypt, algorithm, key_scope, subject, rotation_days, fields} each. Live within a second."""
     here = cli(context)
     try:
         specs = TypeAdapter(list[PolicySpec]).validate_python(yaml.safe_load(file.read_text()))
@@ -69,7 +70,7 @@ def apply(context: typer.Context, file: Annotated[Path, typer.Argument(help="YAM
         first = error.errors()[0] if isinstance(error, ValidationError) else {"msg": "no YAML", "loc": ()}
         where = f"{file}: {'.'.join(str(part) for part in first['loc'])}"
         raise ConfigurationError(
-            str(first["msg"]), where=where, mend="a list of {class, tenant, encrypt, algorithm, key_scope, subject, rotation_days}"
+            str(first["msg"]), where=where, mend="a list of {class, tenant, encrypt, algorithm, key_scope, subject, rotation_days, fields}"
         ) from None
 
     async def main() -> list[dict[str, Any]]:
@@ -147,6 +148,11 @@ async def _explain(settings: Settings, topic: str, headers: dict[str, bytes], ke
             out["subject"] = subject_of(decision.subject, topic, str(key).encode() if key is not None else None, value, headers)
         except MalformedRecord as error:
             out |= {"outcome": "dead letter", "because": [*because, f"{error.reason}: {decision.subject} names no person: {error}"]}
+    if isinstance(decision, Encrypt) and decision.fields is not None:
+        try:
+            out["sealed"] = [place.path for place in decision.fields.find(value).places]
+        except MalformedRecord as error:
+            out |= {"outcome": "dead letter", "because": [*because, f"{error.reason}: {error}"]}
     return out
 
 
@@ -161,6 +167,8 @@ def _outcome(loaded: PolicySet, tenant: str, stream_class: str, known: Any, beca
     out: dict[str, Any] = {"outcome": "plain", "algorithm": None, "key_scope": None}
     if isinstance(decision, Encrypt):
         out = {"outcome": "encrypted", "algorithm": decision.suite.label, "key_scope": decision.key_scope.value}
+        if decision.fields is not None:
+            out["fields"] = list(decision.fields.pointers)
     elif known and known["is_encrypted"]:
         out = {"outcome": "encrypted", "algorithm": known["encryption_algorithm"], "key_scope": "stream"}
         because.append("the stream was encrypted before, and stays so")

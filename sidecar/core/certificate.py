@@ -94,6 +94,7 @@ def in_words(document: Mapping[str, Any]) -> list[str]:
         else f"not irrecoverable yet: {document['irrecoverable_reason']}",
         f"keys: {destroyed['keys']}{until}; SHA-256 over their fingerprints {destroyed['fingerprints_sha256']}",
         f"events: {events['unreadable']} unreadable, {remain}, {events['plain_deleted']} plain ones were deleted",
+        *[f"of {n} of the unreadable, the fields that policy does not name are still in clear" for n in [events.get("clear_remainders")] if n],
         f"decryption was tried on {sampled['attempted']} of them and failed on {sampled['failed']}",
         f"left to do: {len(left)} of {len(document['residue'])} places" if left else "left to do: nothing",
     ]

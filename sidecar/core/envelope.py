@@ -78,6 +78,11 @@ def parse_header(envelope: bytes) -> Header:
     )
 
 
+def field_prefix(prefix: bytes) -> bytes:
+    """Of one field of a document, by the prefix of its event: the same key, no frame."""
+    return b"%b%c%b" % (prefix[:4], prefix[4] & ~FLAG_FRAMED | FLAG_FIELD, prefix[5:])
+
+
 def nonce_of(envelope: bytes) -> bytes:
     """The nonce of an envelope whose header was parsed."""
     return envelope[PREFIX_BYTES:HEADER_BYTES]

@@ -143,12 +143,13 @@ class Event:
     content: str | None = None
     """`json` or `bytes` of events that a library appended; None: from Kafka, nobody said."""
     sealed: bytes | None = field(default=None, repr=False)
-    """The envelope of an encrypted event that nobody has opened; then there is no value."""
+    """The envelope of an encrypted event that nobody has opened; then there is no value, or the document with its fields sealed."""
 
     @property
     def data(self) -> Any:
-        """The value as it was appended; of an event from Kafka the JSON that it is, else its bytes; unopened, the envelope's text form."""
-        if self.sealed is not None:
+        """The value as it was appended; of an event from Kafka the JSON that it is, else its bytes; unopened, the envelope's text form, or the
+        document with `ks1.` texts for its sealed fields."""
+        if self.sealed is not None and self.value is None:
             from sidecar.core.envelope import to_text  # which knows this module
 
             return to_text(self.sealed)

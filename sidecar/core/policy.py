@@ -7,6 +7,7 @@ from fnmatch import translate
 from typing import Literal
 
 from sidecar.core.aead import Suite
+from sidecar.core.fields import Fields
 from sidecar.core.model import UNCLASSIFIED, ScopeKind
 
 Unmatched = Literal["encrypt", "plain", "refuse"]
@@ -19,6 +20,7 @@ class Policy:
     """What happens to a tenant's events of one class; tenant `*` stands for every tenant without a policy of its own.
 
     `rotation_days` is about rotation, never retention. `subject` is the extractor of a record's person, for key scope subject.
+    With `fields`, JSON pointers, only these are sealed and the rest of the document stays clear; without, the whole event is.
     """
 
     policy_id: str
@@ -29,16 +31,18 @@ class Policy:
     key_scope: ScopeKind = ScopeKind.STREAM
     subject: str | None = None
     rotation_days: int | None = None
+    fields: tuple[str, ...] = ()
     version: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Encrypt:
-    """`subject`: with key scope subject, the extractor that names each record's person; else None."""
+    """`subject`: with key scope subject, the extractor that names each record's person; else None. `fields`: None for the whole event."""
 
     suite: Suite
     key_scope: ScopeKind
     subject: str | None = None
+    fields: Fields | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,8 @@ def _of(policy: Policy) -> Decision:
     if not policy.encrypt:
         return PLAIN
     by_subject = policy.key_scope is ScopeKind.SUBJECT
-    return Encrypt(policy.suite, policy.key_scope, (policy.subject or SUBJECT_HEADER) if by_subject else None)
+    fields = Fields(policy.fields) if policy.fields else None
+    return Encrypt(policy.suite, policy.key_scope, (policy.subject or SUBJECT_HEADER) if by_subject else None, fields)
 
 
 class PolicySet:

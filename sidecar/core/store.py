@@ -36,7 +36,8 @@ class NewEvent:
     """An event to append. `id` is drawn if none is given; `metadata` is the application's and must be JSON.
 
     `subject` names the person that it is about, where policy protects persons. `sealed` is the decorator's: the envelope of an encrypted
-    event, for stores that keep it as bytes; `data` is its text form for those that do not.
+    event, for stores that keep it as bytes, and `data` then the bytes of a document of which fields are sealed, or None; for stores that
+    do not, `data` is the envelope's text form.
     """
 
     type: str

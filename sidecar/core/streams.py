@@ -5,6 +5,7 @@ from typing import Any
 from uuid import UUID
 
 from sidecar.core.aead import Cipher, Secret, Suite
+from sidecar.core.fields import Fields
 from sidecar.core.keys import DekRow, Kek, KekRow, TenantState
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.policy import Encrypt
@@ -27,6 +28,8 @@ class SealingKey(Secret):
     """How often it sealed or may seal, of all instances, as far as is known here."""
     left: int = 0
     """How much of `uses` is set aside for this instance and not used yet."""
+    fields_left: int = 0
+    """Of a stream's key, which is counted by positions: how many seals of fields are on record beside them and not used yet."""
 
 
 Barriers = dict[tuple[int, int], int]
@@ -45,6 +48,8 @@ class Stream:
     head: int
     by_subject: Encrypt | None = None
     """Set where each record is sealed under its person's key: then there is no key of the stream."""
+    fields: Fields | None = None
+    """Set where policy seals fields of a document, and not the whole event."""
     noted: SealingKey | None = None
     """The key whose use is on record, up to now and from here on."""
     turns: bool = False

@@ -45,7 +45,10 @@ _FIELDS = struct.pack(">h", len(COLUMNS))
 
 
 class MessageRows:
-    """Rows of `messages` in COPY's binary format, built in one pass. Arguments `*_lp` carry their length, u32 big-endian."""
+    """Rows of `messages` in COPY's binary format, built in one pass. Arguments `*_lp` carry their length, u32 big-endian.
+
+    Both `plain` and `sealed`: a document of which fields are sealed.
+    """
 
     __slots__ = ("_parts", "count")
 
@@ -70,7 +73,9 @@ class MessageRows:
         tombstone: bool,
     ) -> None:
         if sealed is not None:
-            body = (_NULL, _LENGTH(len(sealed)), sealed, _NULL)
+            body = (
+                (_NULL, _LENGTH(len(sealed)), sealed, _NULL) if plain is None else (_LENGTH(len(plain)), plain, _LENGTH(len(sealed)), sealed, _NULL)
+            )
         else:
             data = (_NULL,) if plain is None else (_LENGTH(len(plain)), plain)
             meta = metadata or b"{}"

@@ -1,7 +1,7 @@
 """The store that applications append to: `PostgresEventStore`, the sidecar's own tables.
 
-Knows nothing of keys. An encrypted event is to it an envelope, kept as bytes and given back unopened. What the sidecar stored reads here, and
-what is appended here the sidecar can open.
+Knows nothing of keys. An encrypted event is to it an envelope, kept as bytes and given back unopened, with the document beside it where only
+fields of that are sealed. What the sidecar stored reads here, and what is appended here the sidecar can open.
 """
 
 import re
@@ -208,7 +208,7 @@ def _row(event: NewEvent, now: datetime) -> tuple[Any, ...]:
     identifier(head[0].encode("utf-8", "replace"), "event id")
     identifier(event.type.encode("utf-8", "replace"), "event type")
     if event.sealed is not None:
-        return (*head, None, event.sealed, None, bool(event.metadata["enc"].get("tombstone")))
+        return (*head, event.data, event.sealed, None, bool(event.metadata["enc"].get("tombstone")))
     value, content = encode(event.data)
     attributes = library_attributes(int(head[3].timestamp() * 1000), event.metadata, content, value is None, event.subject)
     if _NUL.search(attributes):
@@ -236,7 +236,8 @@ def event_of(row: Any) -> Event:
     sealed = row["data_encrypted"]
     if sealed is not None:
         enc = {"tombstone": True} if row["is_tombstone"] else {}
-        return Event(**common, value=None, key=None, timestamp_ms=0, headers=(), metadata={"enc": enc}, content="json", sealed=bytes(sealed))
+        document = row["data"] if row["data"] is None else bytes(row["data"])
+        return Event(**common, value=document, key=None, timestamp_ms=0, headers=(), metadata={"enc": enc}, content="json", sealed=bytes(sealed))
     if row["is_encrypted"] and row["stream_position"] >= (row["encrypted_from_position"] or 1):
         raise AuthenticationFailed("plaintext stands in an encrypted stream")
     carried = parse_attributes(row["metadata"] or {})

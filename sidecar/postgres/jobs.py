@@ -160,16 +160,19 @@ async def classes(connection: Connection, tenant: str, streams: Sequence[str]) -
     return {row["stream_id"]: row["stream_type_class"] for row in rows}
 
 
-async def replace(connection: Connection, tenant: str, stream: str, new: Sequence[tuple[int, bytes | None, bytes]]) -> list[Any]:
-    """(position, the 25 bytes that were read or None of a plain event, envelope): where the row is still as it was read. -> rows as they are now."""
+async def replace(connection: Connection, tenant: str, stream: str, new: Sequence[tuple[int, bytes | None, bytes, bytes | None]]) -> list[Any]:
+    """(position, the 25 bytes that were read or None of a plain event, envelope, document beside it): where the row is still as it was read.
+
+    -> rows as they are now.
+    """
     with mapped():
         return await connection.fetch(
-            """UPDATE messages m SET data_encrypted = x.envelope, data = NULL, metadata = NULL
-               FROM unnest($3::bigint[], $4::bytea[], $5::bytea[]) x(position, old, envelope)
+            """UPDATE messages m SET data_encrypted = x.envelope, data = x.document, metadata = NULL
+               FROM unnest($3::bigint[], $4::bytea[], $5::bytea[], $6::bytea[]) x(position, old, envelope, document)
                WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position = x.position
                  AND substring(m.data_encrypted FOR 25) IS NOT DISTINCT FROM x.old
-               RETURNING m.stream_position, m.data_encrypted""",
-            tenant, stream, [n[0] for n in new], [n[1] for n in new], [n[2] for n in new],
+               RETURNING m.stream_position, m.data_encrypted, m.data""",
+            tenant, stream, *([n[column] for n in new] for column in range(4)),
         )  # fmt: skip
 
 

@@ -141,6 +141,7 @@ def policy_from_row(row: Any) -> Policy:
         key_scope=ScopeKind(row["key_scope"]),
         subject=row["subject"],
         rotation_days=row["key_rotation_interval_days"],
+        fields=tuple(row["fields"] or ()),
         version=row["version"],
     )
 

@@ -348,26 +348,28 @@ def messages_of(scope: Scope) -> str:
     return "m.tenant_id = $1 AND m.stream_id IN (SELECT stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2)"
 
 
-async def count_events(connection: Connection, scope: Scope, stood_at: datetime | None = None) -> tuple[int, int | None]:
-    """-> events that were encrypted, events that are plain: None of a person, whom plain events do not name to us.
+async def count_events(connection: Connection, scope: Scope, stood_at: datetime | None = None) -> tuple[int, int | None, int]:
+    """-> events that were encrypted; events that are plain, None of a person, whom plain events do not name to us; and how many of the encrypted
+    ones are so in named fields alone, with the rest of their document in clear.
 
     As they are; or as of then: a scope that was readmitted goes on.
     """
     with mapped():
         row = await connection.fetchrow(
-            f"""SELECT count(m.data_encrypted) AS sealed, count(*) - count(m.data_encrypted) AS plain FROM messages m
+            f"""SELECT count(m.data_encrypted) AS sealed, count(*) - count(m.data_encrypted) AS plain,
+                  count(*) FILTER (WHERE m.data IS NOT NULL AND m.data_encrypted IS NOT NULL) AS partly FROM messages m
                 WHERE {messages_of(scope)} AND ($3::timestamptz IS NULL OR m.created_at <= $3)""",
             scope.tenant,
             scope.id,
             stood_at,
         )
     assert row is not None  # noqa: S101 (an aggregate has one row)
-    return row["sealed"], None if scope.kind is ScopeKind.SUBJECT else row["plain"]
+    return row["sealed"], None if scope.kind is ScopeKind.SUBJECT else row["plain"], row["partly"]
 
 
-def events_on_receipt(unreadable: int, plain: int | None) -> dict[str, Any]:
-    """As `count_events` has them."""
-    counted: dict[str, Any] = {"unreadable": unreadable, "plain_remaining": plain}
+def events_on_receipt(unreadable: int, plain: int | None, partly: int = 0) -> dict[str, Any]:
+    """As `count_events` has them. `clear_remainders`: of so many unreadable events the fields that policy does not name are still in the table."""
+    counted: dict[str, Any] = {"unreadable": unreadable, "plain_remaining": plain} | ({"clear_remainders": partly} if partly else {})
     return counted if plain is not None else counted | {"note": "plain events do not say whose they are; they were not counted"}
 
 
@@ -435,6 +437,28 @@ async def delete_plain(connection: Connection, scope: Scope, after: tuple[str, i
             SELECT g.*, s.stream_type_class AS class, t.topic FROM gone g
             LEFT JOIN streams s ON s.tenant_id = $1 AND s.stream_id = g.stream_id LEFT JOIN source_topics t ON t.source_id = g.source_id
             ORDER BY g.stream_id, g.stream_position""",
+            scope.tenant,
+            scope.id,
+            after[0],
+            after[1],
+            limit,
+        )
+
+
+async def clear_remainders(connection: Connection, scope: Scope, after: tuple[str, int], limit: int) -> list[Any]:
+    """Of the next events behind (stream, position) whose fields alone were encrypted: delete the clear rest of the document. -> where they stand."""
+    with mapped():
+        return await connection.fetch(
+            f"""
+            WITH next AS (
+              SELECT m.stream_id, m.stream_position FROM messages m
+              WHERE {messages_of(scope)} AND m.data IS NOT NULL AND m.data_encrypted IS NOT NULL AND (m.stream_id, m.stream_position) > ($3, $4)
+              ORDER BY m.stream_id, m.stream_position LIMIT $5
+            ), cleared AS (
+              UPDATE messages m SET data = NULL FROM next n WHERE m.tenant_id = $1 AND m.stream_id = n.stream_id AND m.stream_position = n.stream_position
+              RETURNING m.stream_id, m.stream_position
+            )
+            SELECT * FROM cleared ORDER BY stream_id, stream_position""",
             scope.tenant,
             scope.id,
             after[0],
