@@ -25,7 +25,8 @@ class Carts:
         def add(items: dict[str, int], event: Event) -> dict[str, int]:
             return items | {event.data["item"]: items.get(event.data["item"], 0) + event.data["quantity"]}
 
-        return (await self.store.aggregate_stream(f"cart-{cart}", add, {}, tenant=tenant)).state
+        empty: dict[str, int] = {}
+        return (await self.store.aggregate_stream(f"cart-{cart}", add, empty, tenant=tenant)).state
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ async def main(config: Path, tenant: str = "acme") -> None:
         await generator.create("1", "Jane Doe", "your books are on their way.", tenant=tenant)
         print(await carts.items("1", tenant=tenant))
         print(await generator.letter("1", tenant=tenant))
-        [stored] = (await library.plain.read_stream("letter-1", tenant=tenant)).events
-        print("in the database:", stored.data[:40], "…")  # ks1.…: an envelope
+        for stored in (await library.plain.read_stream("letter-1", tenant=tenant)).events:
+            if isinstance(stored, Event):
+                print("in the database:", stored.data[:40], "…")  # ks1.…: an envelope
 
 
 if __name__ == "__main__":

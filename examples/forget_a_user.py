@@ -64,7 +64,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @app.get("/users/{user}")
     async def show(user: str) -> dict[str, Any]:
         def merge(state: dict[str, Any], event: Event) -> dict[str, Any]:
-            return state | event.data
+            return {**state, **event.data}
 
         nothing: dict[str, Any] = {}
         found = await library().store.aggregate_stream(f"user-{user}", merge, nothing, tenant=TENANT)

@@ -1,0 +1,43 @@
+"""Promise: what docs/ shows to be typed can be typed: every block of these pages is run, on a real broker, database and control plane."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from sidecar import ConfigurationError, Library, load, open_library
+from sidecar.testing import control_plane as kit
+from tests.acceptance.pages import DOCS, blocks, run
+
+
+@pytest.fixture
+async def library(application: Path) -> AsyncIterator[Library]:
+    async with open_library(load(application)) as opened:
+        with kit.control(application):
+            yield opened
+
+
+async def test_the_library_in_five_minutes(application: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIDECAR_CONFIG", str(application))
+    await run((DOCS / "library.md").read_text(), application, {"library": library})
+
+
+@pytest.mark.parametrize(
+    ("kind", "block", "error"),
+    [
+        ("python", "assert False", AssertionError),
+        ("python", "await nothing()", NameError),
+        ("sh", "sidecar policy list --nonsense", AssertionError),
+        ("sh", "false; true", AssertionError),
+        ("json", "{", ValueError),
+        ("yaml", "limits: {max_header: 1}", ConfigurationError),
+        ("yaml", "- {class: C, algorithm: ROT13}", ValueError),
+        ("", "sidecar status", ValueError),
+        ("console", "$ sidecar status", ValueError),
+    ],
+)
+async def test_control_a_block_that_does_not_work_is_noticed(tmp_path: Path, kind: str, block: str, error: type[Exception]) -> None:
+    page = f"```text\nseen\n```\n\n```{kind}\n{block}\n```\n"
+    assert len(blocks(page)) == 2
+    with pytest.raises(error):
+        await run(page, tmp_path / "sidecar.yaml", {})
