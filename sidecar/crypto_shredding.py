@@ -4,15 +4,13 @@ An application's process encrypts and decrypts; it has no right to destroy keys.
 with a receipt: `forget_…` returns it. Without a way to send one, or without the right to, they raise AccessDenied.
 """
 
-from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
 import orjson
 
-from sidecar.core.command import NOT_ALLOWED
 from sidecar.core.envelope import PREFIX_BYTES, data_aad, from_text, open_envelope, parse_header, seal, to_text
-from sidecar.core.errors import AccessDenied, CommandRejected, MalformedEnvelope, UnknownKey
+from sidecar.core.errors import MalformedEnvelope, UnknownKey
 from sidecar.core.model import UNCLASSIFIED, Scope, ScopeKind
 from sidecar.core.store import DEFAULT_TENANT, encode
 from sidecar.core.view import frame, library_attributes, parse_attributes, unframe
@@ -20,11 +18,8 @@ from sidecar.crypto_store import Classify
 from sidecar.key_management import KeyManagementService, KeyName
 from sidecar.ports import Clock
 from sidecar.postgres.errors import Moved
+from sidecar.sending import Receipt, Send, shred
 
-Send = Callable[[str, Scope, str, dict[str, Any]], Awaitable[dict[str, Any]]]
-"""(op, scope, reason, options) → the final receipt. Signs with the application's issuer key; raises Unavailable."""
-
-Receipt = dict[str, Any]
 ATTEMPTS = 10
 
 
@@ -113,16 +108,7 @@ class CryptoShreddingService:
         return await self.forget_tenant_data(tenant_id, reason=reason)
 
     async def _shred(self, scope: Scope, reason: str) -> Receipt:
-        if self._send is None:
-            raise AccessDenied(
-                "this process cannot send commands to the control plane; give the library a configuration with Kafka and an issuer key"
-            )
-        receipt = await self._send("shred", scope, reason, {})
-        if receipt["status"] in ("rejected", "failed"):
-            error = receipt["error"] or {}
-            if error.get("code") in NOT_ALLOWED:
-                raise AccessDenied(f"{error.get('message')} ({error.get('code')})")
-            raise CommandRejected(error.get("code", "failed"), error.get("message", "the control plane could not carry it out"))
+        receipt = await shred(self._send, scope, reason)
         self._keys.forget(scope.tenant)
         return receipt
 

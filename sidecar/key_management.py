@@ -31,6 +31,7 @@ from sidecar.postgres.connection import Pool, transaction
 from sidecar.postgres.errors import Moved, mapped
 from sidecar.postgres.event_store import SealedFor
 from sidecar.postgres.keystore import KeyStore
+from sidecar.sending import Receipt, Send, shred
 from sidecar.streams import Streams
 
 ATTEMPTS: Final = 50
@@ -68,8 +69,9 @@ class KeyManagementService:
         max_streams: int = 10_000,
         limits: UseLimits | None = None,
         ledger: LedgerGate | None = None,
+        send: Send | None = None,
     ) -> None:
-        self._ledger, self._max = ledger, max_streams
+        self._ledger, self._max, self._send = ledger, max_streams, send
         self._limits = limits or UseLimits()
         self._pool, self._keys, self._clock, self._writer, self._unmatched = pool, keys, clock, writer, unmatched
         self._store = KeyStore(pool)
@@ -371,6 +373,22 @@ class KeyManagementService:
                 details=shreds.Keys(names=names).in_audit(),
             )  # fmt: skip
         return names
+
+    async def destroy(self, tenant: str, key: KeyName | None = None, *, reason: str) -> Receipt:
+        """What the tenant's keys seal, or what this one does, becomes unreadable for ever: a shred of the key's scope, every version of it.
+
+        A command to the control plane, answered with its receipt. Raises UnknownKey, AccessDenied, CommandRejected (a key that others need too),
+        BrokerUnavailable if no receipt came within 30 s.
+        """
+        receipt = await shred(self._send, Scope.of_tenant(tenant) if key is None else await self._scope(tenant, key), reason)
+        self.forget(tenant)
+        return receipt
+
+    async def _scope(self, tenant: str, key: KeyName) -> Scope:
+        rows = await self._store.keys({(tenant, key.key_id, key.key_version)})
+        if not rows:
+            raise UnknownKey
+        return Scope(tenant=tenant, kind=ScopeKind(rows[0]["scope_kind"]), id=rows[0]["scope_id"])
 
 
 def _raw(stream: str, text: bool) -> bytes:

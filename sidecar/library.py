@@ -107,10 +107,11 @@ async def _forget_what_changed(dsn: str, name: str, keys: KeyManagementService) 
 
 def _put_together(settings: Settings, name: str, kms_keys: KeyManagement, ledger: LedgerGate, pool: Pool, key_pool: Pool, sessions: Pool) -> Library:
     clock, limits = SystemClock(), settings.limits
+    send = Sender(settings, clock)
     keys = KeyManagementService(
         key_pool, kms_keys, clock=clock, writer=name, unmatched=settings.policies.unmatched,
         max_streams=min(limits.stream_heads, limits.key_cache_entries), limits=limits.uses,
-        ledger=ledger,
+        ledger=ledger, send=send,
     )  # fmt: skip
     classifier = Classifier([rule.rule() for rule in settings.classes])
 
@@ -126,5 +127,5 @@ def _put_together(settings: Settings, name: str, kms_keys: KeyManagement, ledger
         plain=plain,
         keys=keys,
         policies=EncryptionPolicyService(key_pool, clock, unmatched=settings.policies.unmatched, classify=classify),
-        shredding=CryptoShreddingService(keys, clock, send=Sender(settings, clock), classify=classify),
+        shredding=CryptoShreddingService(keys, clock, send=send, classify=classify),
     )

@@ -4,13 +4,14 @@ import asyncio
 import getpass
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any, Final
 from uuid import UUID, uuid4
 
 from sidecar.core import dsse
-from sidecar.core.command import PAYLOAD_TYPE, compose, final_statuses
-from sidecar.core.errors import BrokerUnavailable
+from sidecar.core.command import NOT_ALLOWED, PAYLOAD_TYPE, compose, final_statuses
+from sidecar.core.errors import AccessDenied, BrokerUnavailable, CommandRejected
 from sidecar.core.model import Scope
 from sidecar.kafka.receipts import publish_command
 from sidecar.ports import Clock
@@ -18,6 +19,11 @@ from sidecar.postgres import commands
 from sidecar.postgres.connection import connected
 from sidecar.settings import Settings
 from sidecar.signing import load_signer
+
+Receipt = dict[str, Any]
+"""As in schemas/messages/receipt.v1.json."""
+Send = Callable[[str, Scope, str, dict[str, Any]], Awaitable[Receipt]]
+"""(op, scope, reason, options) → the final receipt. Signs with the application's issuer key; raises Unavailable."""
 
 VALID_FOR: Final = timedelta(days=1)
 WAIT_SECONDS: Final = 30.0
@@ -42,6 +48,19 @@ class Sender:
         if found is None or found["status"] not in final_statuses(op):
             raise BrokerUnavailable(f"no final receipt of command {command_id} within {WAIT_SECONDS:g} s; is `sidecar control` running?")
         return found
+
+
+async def shred(send: Send | None, scope: Scope, reason: str) -> Receipt:
+    """The receipt of a shred that was carried out. Raises AccessDenied, CommandRejected for one that was not, Unavailable where that is not known."""
+    if send is None:
+        raise AccessDenied("this process cannot send commands to the control plane; give the library a configuration with Kafka and an issuer key")
+    receipt = await send("shred", scope, reason, {})
+    if receipt["status"] in ("rejected", "failed"):
+        error = receipt["error"] or {}
+        if error.get("code") in NOT_ALLOWED:
+            raise AccessDenied(f"{error.get('message')} ({error.get('code')})")
+        raise CommandRejected(error.get("code", "failed"), error.get("message", "the control plane could not carry it out"))
+    return receipt
 
 
 async def publish_and_wait(

@@ -175,6 +175,23 @@ async def test_what_is_forgotten_reads_as_erased_and_is_refused(library: Library
         assert (await library.store.read_stream("user-2", tenant="acme")).version == 2
 
 
+async def test_a_key_is_destroyed_by_name_with_all_its_versions_and_a_tenants_by_the_tenant(library: Library, tmp_path: Path) -> None:
+    event = NewEvent(type="T", data="x")
+    for stream in ("user-1", "user-2"):
+        await library.store.append_to_stream(stream, [event], tenant="acme")
+    key = await library.shredding.get_stream_key("user-1", "acme")
+    await library.shredding.rotate_stream_key("user-1", "acme")
+    await library.store.append_to_stream("user-1", [event], tenant="acme")
+    with kit.control(tmp_path / "sidecar.yaml"):
+        with pytest.raises(UnknownKey):
+            await library.keys.destroy("globex", key, reason="not its key")
+        receipt = await library.keys.destroy("acme", key, reason="Art. 17 request")
+        assert (receipt["status"], receipt["keys"]["count"], receipt["events"]["unreadable"]) == ("inaccessible", 2, 2)
+        assert [type(e) for e in (await library.store.read_stream("user-2", tenant="acme")).events] == [Event]
+        assert (await library.keys.destroy("acme", reason="the contract ended"))["status"] == "inaccessible"
+        assert [type(e) for e in (await library.store.read_stream("user-2", tenant="acme")).events] == [Erased]
+
+
 async def test_without_a_way_to_command_nothing_is_forgotten(library: Library) -> None:
     service = sidecar.CryptoShreddingService(library.keys, library.shredding._clock)
     with pytest.raises(AccessDenied):
