@@ -37,7 +37,10 @@ _TRANSIENT = (Unavailable, KeyUnavailable, ConnectionError, TimeoutError)
 
 
 class EventConsumer:
-    """One subscription. `run` may be called again after it has returned."""
+    """One subscription: events in global order, at least once, from the checkpoint of that name on. Of several of a name one works at a time.
+
+    `decrypt` opens them (`CryptoEventStore.decrypt`); without it envelopes are handed over. `tenant` and `classes`: only those.
+    """
 
     def __init__(
         self,
@@ -56,7 +59,11 @@ class EventConsumer:
         self._wake = asyncio.Event()
 
     async def run(self, handler: Handler, stop: asyncio.Event) -> None:
-        """Until `stop`; the event in hand is finished."""
+        """Until `stop`; the event in hand is finished. May be called again after it has returned.
+
+        What is away is waited for (up to 5 s between tries), and the checkpoint stays. An event that cannot be read, or that the handler refuses
+        three times, is set aside by place (table `consumer_set_aside`), and the next one follows.
+        """
         pause = 0.1
         while not stop.is_set():
             try:

@@ -24,7 +24,12 @@ ATTEMPTS = 10
 
 
 class CryptoShreddingService:
-    """Raises KmsUnavailable, StoreUnavailable, BrokerUnavailable for what is away; RecordRefused for what is shredded."""
+    """Text that is kept elsewhere, streams' keys by name, and being forgotten.
+
+    Raises KmsUnavailable, StoreUnavailable, BrokerUnavailable for what is away; RecordRefused for what is shredded. `forget_…` and `destroy_…` send
+    a command and wait up to 30 s for its receipt: AccessDenied for one that was not allowed (a legal hold, a signature), CommandRejected with a code
+    for one that cannot be carried out (`shared_key`, `unknown_tenant`), BrokerUnavailable where none came in time: it may still be carried out.
+    """
 
     def __init__(self, keys: KeyManagementService, clock: Clock, *, send: Send | None = None, classify: Classify | None = None) -> None:
         self._keys, self._clock, self._send = keys, clock, send
@@ -67,7 +72,7 @@ class CryptoShreddingService:
     # a stream's key
 
     async def generate_stream_key(self, tenant_id: str, stream_id: str) -> KeyName:
-        """Make the stream's key, or find the one that is there."""
+        """Make the stream's key, or find the one that is there. Raises UnknownKey where policy seals by person: then the stream has none."""
         held = await self._keys.hold_for_text(tenant_id, stream_id, self._classify(stream_id, ""))
         key = held.stream.key
         if key is None:
@@ -79,28 +84,35 @@ class CryptoShreddingService:
         return await self._keys.get_active_key(tenant_id, Scope(tenant=tenant_id, kind=ScopeKind.STREAM, id=stream_id))
 
     async def rotate_stream_key(self, stream_id: str, tenant_id: str = DEFAULT_TENANT) -> None:
-        """Nothing is sealed under the present version after this call; older events stay readable."""
+        """Nothing is sealed under the present version after this call, by any process; older events stay readable. The next write makes the next one.
+
+        Raises StoreUnavailable where a batch holds the tenant for longer than a second.
+        """
         await self._keys.rotate_key(Scope(tenant=tenant_id, kind=ScopeKind.STREAM, id=stream_id))
 
     async def cleanup_old_keys(self, retention_days: int, tenant_id: str | None = None) -> int:
-        """Destroy versions retired longer ago than that which no stored event needs. -> how many. Needs the control plane's database role."""
+        """Destroy versions that were retired at least so many days ago and that no stored event needs; -> how many, of a tenant or of all.
+
+        Raises AccessDenied without the control plane's database role.
+        """
         return await self._keys.clean_up(timedelta(days=retention_days), tenant_id)
 
     # being forgotten
 
     async def is_data_forgettable(self, tenant_id: str, stream_id: str | None = None) -> bool:
-        """Whether a shred would be carried out: no hold is in force, and no key of the scope is needed by others."""
+        """Whether a shred would be carried out as things stand: the tenant is known, no hold is in force, no key of the scope is needed by others."""
         return await self._keys.is_forgettable(_scope(tenant_id, stream_id))
 
     async def forget_tenant_data(self, tenant_id: str, *, reason: str) -> Receipt:
-        """Shred the tenant. The receipt says what became unreadable, when, and where copies may still be."""
+        """Shred the tenant: all of its encrypted events, under whichever key. The receipt says what became unreadable, when, and where copies may still be."""
         return await self._shred(Scope.of_tenant(tenant_id), reason)
 
     async def forget_stream_data(self, stream_id: str, tenant_id: str = DEFAULT_TENANT, *, reason: str) -> Receipt:
+        """Shred a stream, also one that has no event yet: none of it is stored from then on. Raises CommandRejected where others need its key."""
         return await self._shred(_scope(tenant_id, stream_id), reason)
 
     async def forget_subject_data(self, subject_id: str, tenant_id: str = DEFAULT_TENANT, *, reason: str) -> Receipt:
-        """Shred a person: what policy seals by person, in whichever streams it stands."""
+        """Shred a person: what policy seals by person (`key_scope: subject`), in whichever streams it stands. Plain events stay."""
         return await self._shred(Scope(tenant=tenant_id, kind=ScopeKind.SUBJECT, id=subject_id), reason)
 
     async def destroy_tenant_keys(self, tenant_id: str, *, reason: str) -> Receipt:

@@ -129,7 +129,10 @@ def create_crypto_event_store(
 
 
 class CryptoEventStore:
-    """An EventStore. Safe for many tasks at once; one per process is enough."""
+    """An EventStore that seals and opens, made by `create_crypto_event_store`. Safe for many tasks at once; one per process is enough.
+
+    After a shred's receipt no append of its scope is stored and no call that starts opens it, whatever is warm here.
+    """
 
     def __init__(self, base: EventStore, keys: KeyManagementService, classify: Classify, crypto: CryptoProvider, build_aad: BuildAad | None) -> None:
         self.base, self._keys, self._classify, self._crypto, self._build_aad = base, keys, classify, crypto, build_aad
@@ -153,7 +156,11 @@ class CryptoEventStore:
         session: Any = None,
         encryption: EncryptionConfig | None = None,
     ) -> Appended:
-        """As the base's, sealed where policy says so. Raises RecordRefused for what is shredded, AccessDenied for an override that weakens."""
+        """All of the events or none, sealed where policy says so; tried again where somebody was faster and no version is expected.
+
+        Raises WrongVersion, RecordRefused for what is shredded or policy refuses, AccessDenied for an override that weakens, KeyExhausted,
+        MalformedRecord for ids and data that are none, Unavailable: then nothing is stored in clear instead.
+        """
         if not events:
             raise MalformedRecord("an append needs events")
         identifier(stream.encode("utf-8", "replace"), "stream id", "bad_stream")
@@ -295,7 +302,10 @@ class CryptoEventStore:
         session: Any = None,
         decryption: DecryptionConfig | None = None,
     ) -> StreamRead:
-        """Events, and `Erased` in the place of those whose key was destroyed. Raises AuthenticationFailed, UnknownKey, Unavailable."""
+        """Events by position, both ends included, and `Erased` in the place of those whose key was destroyed.
+
+        Raises AuthenticationFailed for bytes that were altered, moved or planted, UnknownKey, Unavailable: none of them says "erased".
+        """
         read = await self.base.read_stream(
             stream, tenant=tenant, from_position=from_position, to_position=to_position, max_count=max_count, session=session
         )

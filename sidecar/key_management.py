@@ -56,7 +56,10 @@ class KeyName:
 
 
 class KeyManagementService:
-    """Raises KmsUnavailable, StoreUnavailable; RecordRefused for what is shredded; AccessDenied where the database role may not."""
+    """Keys by name and version; nobody gets their bytes. A warm key never outlives a shred, a rotation or a policy change, in any process.
+
+    Raises KmsUnavailable, StoreUnavailable; RecordRefused for what is shredded; AccessDenied where the database role may not.
+    """
 
     def __init__(
         self,
@@ -169,7 +172,7 @@ class KeyManagementService:
                 raise RecordRefused(refusal)
 
     async def clean_up(self, older_than: timedelta, tenant: str | None = None) -> int:
-        """Destroy versions retired longer ago than that which nothing stored needs. -> how many. Raises AccessDenied without the control role."""
+        """Destroy versions retired at least that long ago which nothing stored needs; -> how many. Raises AccessDenied without the control role."""
         cleaned = await CleanUp(self._pool, self._clock).run(tenant=tenant, older_than=older_than, actor=self._writer)
         return sum(found.outcome == "destroyed" for found in cleaned)
 
@@ -340,7 +343,7 @@ class KeyManagementService:
         return KeyName(key_id=rows[0]["key_id"], key_version=rows[0]["key_version"])
 
     async def get_key(self, tenant: str, key_id: UUID, key_version: int, suite: Suite = Suite.AES_256_GCM) -> Cipher:
-        """What opens under that version, now. Raises KeyShredded, UnknownKey."""
+        """What opens under that version, now: a cipher that says no key. Raises KeyShredded, UnknownKey; AuthenticationFailed for an altered key row."""
         header = Header(suite=suite, scope_kind=ScopeKind.STREAM, key_id=key_id, key_version=key_version, framed=True)
         while True:
             epoch, ciphers = await self.opening(tenant, [header])

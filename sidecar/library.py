@@ -40,7 +40,10 @@ MAX_CONSUMERS: Final = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """`plain` is the same store without encryption: of encrypted streams it reads envelopes."""
+    """What `open_library` opens.
+
+    `store` seals and opens by policy. `plain` is the same store without: it asks no policy, and of encrypted streams it reads envelopes.
+    """
 
     store: CryptoEventStore
     plain: PostgresEventStore

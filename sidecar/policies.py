@@ -74,14 +74,18 @@ async def _upsert(connection: Connection, spec: PolicySpec, now: datetime, only_
 
 
 class EncryptionPolicyService:
-    """The plan's operations. Each change is validated, versioned, audited with who and why, and live with the next append or batch everywhere."""
+    """The plan's operations. Each change is validated, versioned, audited with who (`actor`) and why, and live with the next append or batch everywhere.
+
+    A policy is of one tenant, or of all (`*`), and one class; there is one at most. Raises AccessDenied where the database role may not: the data
+    plane's may create a policy that is missing, and change none.
+    """
 
     def __init__(self, pool: Pool, clock: Clock, *, unmatched: Unmatched = "encrypt", classify: Callable[[str, str], str] | None = None) -> None:
         self._pool, self._clock, self._unmatched = pool, clock, unmatched
         self._classify = classify or (lambda _stream, _type: UNCLASSIFIED)
 
     async def create_policy(self, policy: PolicySpec, *, actor: str, reason: str) -> Policy:
-        """Raises Conflict if the tenant has one of that class."""
+        """Raises Conflict if the tenant has one of that class; what makes no policy is refused by PolicySpec itself."""
         async with transaction(self._pool) as connection:
             made = await _upsert(connection, policy, self._clock.now(), only_new=True)
             if made is None:
@@ -109,6 +113,7 @@ class EncryptionPolicyService:
             await _changed(connection, [gone], actor=actor, now=self._clock.now(), reason=reason, deleted=True)
 
     async def get_policy(self, policy_id: str) -> Policy | None:
+        """As it stands now; None if there is none of that id."""
         async with transaction(self._pool) as connection:
             row = await connection.fetchrow("SELECT * FROM encryption_policies WHERE policy_id = $1", policy_id)
         return None if row is None else policy_from_row(row)
@@ -129,6 +134,7 @@ class EncryptionPolicyService:
         return [policy_from_row(row) for row in rows]
 
     async def get_policies_for_stream_type(self, stream_type: str) -> list[Policy]:
+        """Of a class: each tenant's own, and the one of `*`."""
         async with transaction(self._pool) as connection:
             rows = await connection.fetch("SELECT * FROM encryption_policies WHERE stream_type_class = $1 ORDER BY tenant_id", stream_type)
         return [policy_from_row(row) for row in rows]

@@ -302,6 +302,8 @@ class HttpSettings(_Section):
 
 
 class Settings(_Section):
+    """A configuration, checked; `load` makes one. `sidecar init` writes a file with each line explained, `sidecar config show` lists every setting."""
+
     deployment: str = Field(default="demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     profile: Literal["development", "production"] = "development"
     kafka: KafkaSettings = KafkaSettings()
@@ -356,7 +358,10 @@ def find_config(path: Path | None) -> Path:
 
 
 def load(path: Path | None = None, *, flags: dict[str, Any] | None = None) -> Settings:
-    """Read, merge and check. Raises ConfigurationError: what, where, how to mend. Paths are relative to the file."""
+    """Read `path`, else $SIDECAR_CONFIG, else ./sidecar.yaml; merge with the environment and `flags`; check. Paths in it are relative to the file.
+
+    Raises ConfigurationError: what, where, how to mend.
+    """
     file = find_config(path)
     try:
         document = yaml.safe_load(file.read_text()) or {}

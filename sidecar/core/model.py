@@ -80,6 +80,7 @@ class Scope:
 
     @classmethod
     def of_tenant(cls, tenant: str) -> "Scope":
+        """The whole tenant."""
         return cls(tenant=tenant, kind=ScopeKind.TENANT, id=tenant)
 
     def to_json(self) -> dict[str, str]:
