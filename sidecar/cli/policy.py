@@ -117,7 +117,7 @@ def detect(
     if not fields:
         fail(f"no field of {schema} is marked; a policy without `fields` encrypts the whole event")
     policy = {"class": stream_class} | ({} if WHOLE in fields else {"fields": fields})
-    if here.as_json:
+    if here.output == "json":  # a pipe alone asks for no JSON: what is written into a file here is for `policy apply`
         here.show({"fields": fields, "policy": policy})
     else:
         typer.echo(yaml.safe_dump([policy], sort_keys=False), nl=False)

@@ -22,6 +22,13 @@ async def test_the_library_in_five_minutes(application: Path, library: Library, 
     await run((DOCS / "library.md").read_text(), application, {"library": library})
 
 
+@pytest.mark.parametrize("page", ["troubleshooting", "policies", "security"])
+async def test_what_other_pages_show_works_too(application: Path, library: Library, page: str) -> None:
+    text = (DOCS / f"{page}.md").read_text()
+    assert blocks(text)
+    await run(text, application, {"library": library})
+
+
 @pytest.mark.parametrize(
     ("kind", "block", "error"),
     [

@@ -125,7 +125,7 @@ def test_the_command_prints_a_policy_that_can_be_applied(tmp_path: Path, capsys:
     code, out, _ = run(capsys, str(file), "--class", "Users", "-o", "json")
     fields = ["/address/street", "/mail"]
     assert (code, json.loads(out)) == (0, {"fields": fields, "policy": {"class": "Users", "fields": fields}})
-    code, out, _ = run(capsys, str(file), "--class", "Users", "-o", "table")
+    code, out, _ = run(capsys, str(file), "--class", "Users")  # also into a file, with `>`
     assert (code, out) == (0, "- class: Users\n  fields:\n  - /address/street\n  - /mail\n")
     code, out, said = run(capsys, str(file), "--class", "Users", "--tag", "GDPR", "-o", "json")
     assert json.loads(out)["fields"] == ["/address/street"]
