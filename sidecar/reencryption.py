@@ -3,23 +3,27 @@
 Each step is one transaction, of at most ROWS events: guard, epoch and policy as of which the keys are in hand, open, seal, write where the row
 is still as it was read, open again what was written, history. It may be killed anywhere; what is sealed already is not looked at twice.
 A shred that came first has moved the epoch, so nothing of its scope is opened or sealed after it.
+
+Where policy seals by person, each event goes under its person's key: the person that it carries, or whom the policy's extractor names. What names
+nobody, and what is of somebody who was erased, stays as it is and is counted.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, Final, NamedTuple
 
 import orjson
 
-from sidecar.core.aead import lp
-from sidecar.core.envelope import NO_FIELD, PREFIX_BYTES, TEXT_PREFIX, Sealer, event_aad, open_envelope, parse_header, seal, stream_aad
+from sidecar.core.aead import Cipher, lp
+from sidecar.core.envelope import NO_FIELD, OVERHEAD_BYTES, PREFIX_BYTES, TEXT_PREFIX, Sealer, event_aad, open_envelope, parse_header, stream_aad
 from sidecar.core.errors import AuthenticationFailed, Conflict, KeyUnavailable, MalformedRecord, RecordError, RecordRefused
+from sidecar.core.extract import subject_of
 from sidecar.core.fields import Bind, Document, Fields, digest_lp, open_document, seal_document
-from sidecar.core.history import overlaid
+from sidecar.core.history import extended, overlaid, without
 from sidecar.core.streams import SealingKey, Stream
-from sidecar.core.view import frame, guard_stripe, unframe
+from sidecar.core.view import frame, guard_stripe, parse_attributes, unframe
 from sidecar.event_store import Ciphers
 from sidecar.key_management import Held, KeyManagementService
 from sidecar.postgres import jobs
@@ -29,6 +33,8 @@ from sidecar.postgres.jobs import Chunk, Count
 from sidecar.steps import failpoint
 
 ROWS: Final = 500
+STREAMS_AT_ONCE: Final = 3
+"""While Postgres writes one stream's events, another's are sealed."""
 LOCK_MS: Final = 5000
 
 
@@ -37,6 +43,8 @@ class Reencryption:
 
     def __init__(self, pool: Pool, keys: KeyManagementService, *, worker: str, rows_per_second: int | None = None) -> None:
         self._pool, self._keys, self._worker, self._rate = pool, keys, worker, rows_per_second
+        self._erased: set[tuple[str, int | None, str]] = set()
+        """Persons of the chunk who get no key, as of a tenant's epoch."""
 
     async def work(self, command_id: Any, number: int) -> None:
         """Returns when the chunk is done, by whomever."""
@@ -45,12 +53,27 @@ class Reencryption:
             if chunk is None:
                 return
             classes = await jobs.classes(connection, chunk.tenant, chunk.streams)
-        count = Count()
-        for stream in chunk.streams:
-            count += await self._stream(chunk, stream, classes[stream])
-            failpoint("worker:stream")
+        self._erased.clear()
+        self._keys.forget(chunk.tenant)  # what is warm may be from before the policy or the rotation that this is about
+        count = await self._all(chunk, classes)
         async with transaction(self._pool) as connection:
             await jobs.finish(connection, chunk, count.left, self._worker)
+
+    async def _all(self, chunk: Chunk, classes: dict[str, str]) -> Count:
+        slots = asyncio.Semaphore(1 if self._rate else STREAMS_AT_ONCE)
+
+        async def one(stream: str) -> Count:
+            async with slots:
+                done = await self._stream(chunk, stream, classes[stream])
+                failpoint("worker:stream")
+                return done
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(stream)) for stream in chunk.streams]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return sum((task.result() for task in tasks), Count())
 
     async def _stream(self, chunk: Chunk, stream: str, stream_class: str) -> Count:
         count, before = Count(), 2**63 - 1
@@ -62,12 +85,16 @@ class Reencryption:
                 await asyncio.sleep(0.01)
                 continue
             if step is None:
-                return count
+                break
             done, before = step
             count += done
             failpoint("worker:rows")
             if self._rate:
                 await asyncio.sleep((done.resealed + done.left) / self._rate)
+        if count.resealed:
+            async with transaction(self._pool) as connection:
+                await jobs.drop_unused_ranges(connection, chunk.tenant, stream)
+        return count
 
     async def _step(self, chunk: Chunk, stream: str, stream_class: str, before: int) -> tuple[Count, int] | None:
         """-> what became of the next events before that position, and how far it got; None if there is nothing left."""
@@ -77,22 +104,53 @@ class Reencryption:
             return await self._leave(chunk, stream, before)
         if held.as_of.epoch is None:
             return None  # plain, and to stay so
-        if held.stream.key is None:
-            return await self._leave(chunk, stream, before)  # persons' keys
-        async with transaction(self._pool) as connection:
-            rows = await jobs.rows_not_under(connection, chunk, stream, held.stream.key.prefix, before, ROWS)
+        rows = await self._rows(chunk, held.stream, before)
         if not rows:
             return None
-        fields = [_count_fields(row, held.stream.fields) for row in rows]
-        [key, *_] = await self._keys.sealing_keys(held, [None] * len(rows), fields if any(fields) else None)
         headers = {bytes(row["data_encrypted"][:PREFIX_BYTES]): row["data_encrypted"] for row in rows if row["data_encrypted"] is not None}
         epoch, ciphers = await self._keys.opening(chunk.tenant, _headers(headers.values()))
         if epoch != held.as_of.epoch:
             raise Moved
+        persons = await self._persons(held, rows, ciphers)
+        keys = await self._sealing(held, persons, [_count_fields(row, held.stream.fields) for row in rows])
         failpoint("worker:opened")
         async with self._as_of(held, alone=any(row["data_encrypted"] is None for row in rows)) as connection:
-            resealed = await self._reseal(connection, chunk, held.stream, rows, key, ciphers)
+            resealed = await self._reseal(connection, chunk, held.stream, list(zip(rows, keys, persons, strict=True)), ciphers)
         return Count(resealed, len(rows) - resealed), rows[-1]["stream_position"]
+
+    async def _rows(self, chunk: Chunk, of: Stream, before: int) -> list[Any]:
+        """What is not under the key that seals now, or is plain."""
+        async with transaction(self._pool) as connection:
+            if of.by_subject is not None:
+                return await jobs.rows_not_of_persons(connection, chunk, of.id, of.by_subject.suite, before, ROWS)
+            return await jobs.rows_not_under(connection, chunk, of.id, of.key.prefix if of.key else b"", before, ROWS)
+
+    async def _persons(self, held: Held, rows: Sequence[Any], ciphers: Ciphers) -> list[str | None]:
+        """Whose each event is, where policy seals by person. None: it does not, or nobody is named."""
+        by = held.stream.by_subject
+        if by is None:
+            return [None] * len(rows)
+        async with self._as_of(held, alone=False):
+            read = _contents(held.tenant.id, held.stream, rows, ciphers)
+        return [None if found is None else _person(found[1], by.subject or "") for found in read]
+
+    async def _sealing(self, held: Held, persons: Sequence[str | None], fields: Sequence[int]) -> list[SealingKey | None]:
+        """A key per event; None for one of nobody, or of somebody who was erased."""
+        if held.stream.by_subject is None:
+            return list(await self._keys.sealing_keys(held, persons, fields if any(fields) else None))
+        out: list[SealingKey | None] = [None] * len(persons)
+        for person in dict.fromkeys(persons):
+            numbers = [n for n, name in enumerate(persons) if name == person]
+            if person is None or (held.tenant.id, held.as_of.epoch, person) in self._erased:
+                continue
+            try:
+                keys = await self._keys.sealing_keys(held, [person] * len(numbers), [fields[n] for n in numbers])
+            except RecordRefused:
+                self._erased.add((held.tenant.id, held.as_of.epoch, person))
+                raise Moved from None  # what was in hand is gone; next time without this person
+            for n, key in zip(numbers, keys, strict=True):
+                out[n] = key
+        return out
 
     async def _leave(self, chunk: Chunk, stream: str, before: int) -> tuple[Count, int] | None:
         async with transaction(self._pool) as connection:
@@ -118,30 +176,82 @@ class Reencryption:
     def _is_now(held: Held, now: Any) -> bool:
         return now is not None and (now["epoch"], now["policies"]) == (held.as_of.epoch, held.as_of.policy_version)
 
-    async def _reseal(self, connection: Connection, chunk: Chunk, of: Stream, rows: Sequence[Any], key: SealingKey, ciphers: Ciphers) -> int:
-        stream, of_stream = of.id, stream_aad(chunk.tenant.encode(), of.id_lp[4:])
-        new: list[tuple[int, bytes | None, bytes, bytes | None]] = []
-        read: dict[int, tuple[dict[str, Any], Content]] = {}
-        for row in rows:
-            try:
-                content = _plain(row, of.fields) if row["data_encrypted"] is None else _opened(chunk.tenant, of_stream, row, ciphers)
-            except (RecordError, KeyUnavailable):
-                continue  # altered, shredded or unknown: it stays as it is, and is counted
-            at, old = row["stream_position"], row["data_encrypted"] and bytes(row["data_encrypted"][:PREFIX_BYTES])
-            new.append((at, old, *_sealed(key, content, partial(_aad, of_stream, row))))
-            read[at] = (dict(row), content)
-        written = await jobs.replace(connection, chunk.tenant, stream, new)
-        for row in written:
-            before, content = read[row["stream_position"]]
-            if _opened(chunk.tenant, of_stream, before | dict(row), key) != content:
+    async def _reseal(
+        self, connection: Connection, chunk: Chunk, of: Stream, wanted: Sequence[tuple[Any, SealingKey | None, str | None]], ciphers: Ciphers
+    ) -> int:
+        """-> how many of the rows, each with its new key and its person. The rest does not open, has no key, or is no more as it was read."""
+        to_seal = []
+        for (row, key, person), read in zip(wanted, _contents(chunk.tenant, of, [row for row, _, _ in wanted], ciphers), strict=True):
+            if key is not None and read is not None:
+                to_seal.append((row, key, read[0], read[1] if person is None else _named(read[1], person)))
+        sealer = Sealer(sum(content.seals for *_, content in to_seal))
+        new, made = [], {}
+        for row, key, bind, content in to_seal:
+            old = row["data_encrypted"] and bytes(row["data_encrypted"][:PREFIX_BYTES])
+            new.append((row["stream_position"], old, *_sealed(key, content, bind, sealer)))
+            made[row["stream_position"]] = (key, bind, content)
+        written = await jobs.replace(connection, chunk.tenant, of.id, new)
+        under: dict[SealingKey, list[int]] = {}
+        for row in sorted(written, key=lambda row: row["stream_position"]):
+            key, bind, content = made[row["stream_position"]]
+            if _opened(key.cipher, bind, row) != content:
                 raise AuthenticationFailed("what was written is not what was read")  # and the transaction is undone
-        if written:
-            ranges, head = await jobs.lock_history(connection, chunk.tenant, stream)
-            positions = sorted(row["stream_position"] for row in written)
-            after = overlaid(ranges, positions, key.key_id, key.version, head)
-            await jobs.write_history(connection, chunk.tenant, stream, ranges, after, key.suite.label, positions[0])
+            under.setdefault(key, []).append(row["stream_position"])
+        if under:
+            await self._note(connection, chunk.tenant, of, under)
             await jobs.add(connection, chunk, len(written))
         return len(written)
+
+    @staticmethod
+    async def _note(connection: Connection, tenant: str, of: Stream, under: dict[SealingKey, list[int]]) -> None:
+        """The key history as it is now. `under`: ascending positions."""
+        ranges, head = await jobs.lock_history(connection, tenant, of.id)
+        key, first = next(iter(under)), min(positions[0] for positions in under.values())
+        if of.by_subject is None:
+            after = overlaid(ranges, under[key], key.key_id, key.version, head)
+            await jobs.write_history(connection, tenant, of.id, ranges, after)
+            await jobs.mark_sealed(connection, tenant, of.id, after[-1].key_id, key.suite.label, first)
+            return
+        theirs = await jobs.ranges_of(connection, tenant, of.id, [(key.key_id, key.version) for key in under])
+        after = without(ranges, sorted(position for positions in under.values() for position in positions), head)
+        for key, positions in under.items():
+            after += extended([r for r in theirs if r[:2] == (key.key_id, key.version)], positions, key.key_id, key.version)
+        await jobs.write_history(connection, tenant, of.id, [*ranges, *theirs], after)
+        await jobs.mark_sealed(connection, tenant, of.id, None, key.suite.label, first)
+
+
+class Content(NamedTuple):
+    """Of an event: its attributes, and its value or the document of which fields are sealed. An event keeps its form when it is sealed anew."""
+
+    attributes: bytes
+    value: bytes | Document
+
+    @property
+    def seals(self) -> int:
+        """How many it takes."""
+        return len(self.value.places) + 1 if isinstance(self.value, Document) else 1
+
+
+def _contents(tenant: str, of: Stream, rows: Sequence[Any], ciphers: Ciphers) -> list[tuple[Bind, Content] | None]:
+    """Each event, and how it is bound to its place. None: it is altered, shredded or unknown, and stays as it is."""
+    of_stream = stream_aad(tenant.encode(), of.id_lp[4:])
+
+    @cache
+    def cipher(prefix: bytes) -> Cipher:
+        return ciphers.get(tenant, parse_header(prefix.ljust(OVERHEAD_BYTES)))
+
+    out: list[tuple[Bind, Content] | None] = []
+    for row in rows:
+        id_lp, type_lp = lp(row["message_id"].encode()), lp(row["message_type"].encode())
+        bind = partial(event_aad, of_stream, row["stream_position"], id_lp, type_lp, row["schema_version"])
+        try:
+            sealed = row["data_encrypted"]
+            content = _plain(row, of.fields) if sealed is None else _opened(cipher(bytes(sealed[:PREFIX_BYTES])), bind, row)
+        except (RecordError, KeyUnavailable):
+            out.append(None)
+        else:
+            out.append((bind, content))
+    return out
 
 
 def _headers(envelopes: Any) -> list[Any]:
@@ -154,16 +264,22 @@ def _headers(envelopes: Any) -> list[Any]:
     return out
 
 
-def _aad(of_stream: bytes, row: Any, field_lp: bytes, prefix: bytes) -> bytes:
-    id_lp, type_lp = lp(row["message_id"].encode()), lp(row["message_type"].encode())
-    return event_aad(of_stream, row["stream_position"], id_lp, type_lp, row["schema_version"], field_lp, prefix)
+def _person(content: Content, extractor: str) -> str | None:
+    """Whom the event says that it is about, else whom the extractor finds in it."""
+    carried = parse_attributes(content.attributes)
+    if carried.subject is not None:
+        return carried.subject
+    value = content.value.text.encode() if isinstance(content.value, Document) else content.value
+    try:
+        return subject_of(extractor, "", carried.key, None if carried.is_tombstone else value, dict(carried.headers))
+    except MalformedRecord:
+        return None
 
 
-class Content(NamedTuple):
-    """Of an event: its attributes, and its value or the document of which fields are sealed. An event keeps its form when it is sealed anew."""
-
-    attributes: bytes
-    value: bytes | Document
+def _named(content: Content, person: str) -> Content:
+    """Readers and views learn of the person from the event itself."""
+    attributes = orjson.loads(content.attributes)
+    return content if attributes.get("subject") == person else content._replace(attributes=orjson.dumps(attributes | {"subject": person}))
 
 
 def _count_fields(row: Any, fields: Fields | None) -> int:
@@ -172,8 +288,7 @@ def _count_fields(row: Any, fields: Fields | None) -> int:
         return 0
     if row["data_encrypted"] is not None:
         return bytes(row["data"]).count(b'"' + TEXT_PREFIX.encode())
-    value = _plain(row, fields).value
-    return len(value.places) if isinstance(value, Document) else 0
+    return _plain(row, fields).seals - 1
 
 
 def _plain(row: Any, fields: Fields | None) -> Content:
@@ -187,18 +302,17 @@ def _plain(row: Any, fields: Fields | None) -> Content:
     return Content(attributes, value)
 
 
-def _opened(tenant: str, of_stream: bytes, row: Any, ciphers: Ciphers | SealingKey) -> Content:
+def _opened(cipher: Cipher, bind: Bind, row: Any) -> Content:
     sealed, stored = bytes(row["data_encrypted"]), row["data"]
-    cipher = ciphers.cipher if isinstance(ciphers, SealingKey) else ciphers.get(tenant, parse_header(sealed))
-    prefix, bind = sealed[:PREFIX_BYTES], partial(_aad, of_stream, row)
+    prefix = sealed[:PREFIX_BYTES]
     attributes, value = unframe(open_envelope(cipher, sealed, bind(digest_lp(stored), prefix)))
     return Content(attributes, value if stored is None else open_document(stored, value, prefix, bind, partial(open_envelope, cipher)))
 
 
-def _sealed(key: SealingKey, content: Content, bind: Bind) -> tuple[bytes, bytes | None]:
+def _sealed(key: SealingKey, content: Content, bind: Bind, sealer: Sealer) -> tuple[bytes, bytes | None]:
     """-> the envelope, and the document beside it."""
     attributes, value = content
     if not isinstance(value, Document):
-        return seal(key.cipher, key.prefix, bind(NO_FIELD, key.prefix), frame(attributes, value)), None
-    stored, envelope = seal_document(value, attributes, key.prefix, bind, partial(Sealer(len(value.places) + 1).seal, key.cipher))
+        return sealer.seal(key.cipher, key.prefix, bind(NO_FIELD, key.prefix), frame(attributes, value)), None
+    stored, envelope = seal_document(value, attributes, key.prefix, bind, partial(sealer.seal, key.cipher))
     return envelope, stored

@@ -32,6 +32,25 @@ def overlaid(ranges: Sequence[Range], positions: Sequence[int], key_id: UUID, ke
     return out
 
 
+def without(ranges: Sequence[Range], positions: Sequence[int], head: int) -> list[Range]:
+    """`ranges` of keys that are no person's, once these positions (ascending) are under persons' keys."""
+    runs = list(_runs(positions))
+    return [piece for old in ranges for piece in _outside(old, runs) if piece.first <= head]
+
+
+def extended(ranges: Sequence[Range], positions: Sequence[int], key_id: UUID, key_version: int) -> list[Range]:
+    """`ranges` of one version of a person's key, once it seals these positions (ascending) of the stream too; others' events stand in between.
+
+    At most two: what was sealed anew, and behind it what its writers began.
+    """
+    new = [at for at in positions if not any(r.first <= at and (r.last is None or at <= r.last) for r in ranges)]
+    if not new:
+        return list(ranges)
+    closed = [r for r in ranges if r.last is not None]
+    first, last = min([new[0], *(r.first for r in closed)]), max([new[-1], *(r.last for r in closed if r.last is not None)])
+    return [Range(key_id, key_version, first, last), *(r for r in ranges if r.last is None)]
+
+
 def _runs(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
     start = 0
     for n, position in enumerate(positions):

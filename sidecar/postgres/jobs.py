@@ -26,6 +26,19 @@ FROM messages m WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_positio
 ORDER BY m.stream_position DESC LIMIT $6"""
 
 
+# An envelope's suite is at byte 3, its key id at byte 5, its key version at byte 21.
+_KEY_ID: Final = "encode(substring(m.data_encrypted FROM 6 FOR 16), 'hex')::uuid"
+_KEY_VERSION: Final = """(get_byte(m.data_encrypted, 21)::bigint << 24 | get_byte(m.data_encrypted, 22) << 16
+  | get_byte(m.data_encrypted, 23) << 8 | get_byte(m.data_encrypted, 24))::int"""
+_ROWS_NOT_OF_PERSONS: Final = f"""
+SELECT m.stream_position, m.message_id, m.message_type, m.schema_version, m.data, m.data_encrypted, m.metadata, m.is_tombstone
+FROM messages m WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position < $3
+  AND CASE WHEN m.data_encrypted IS NULL THEN $5 WHEN octet_length(m.data_encrypted) < 25 THEN true
+      ELSE get_byte(m.data_encrypted, 3) <> $4 OR NOT EXISTS (SELECT FROM encryption_keys k WHERE k.tenant_id = $1 AND k.key_id = {_KEY_ID}
+             AND k.key_version = {_KEY_VERSION} AND k.is_active AND k.scope_kind = 'subject') END
+ORDER BY m.stream_position DESC LIMIT $6"""  # noqa: S608 (constants)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """Streams of a tenant to be sealed under their present keys; `plain`: their plain events too."""
@@ -152,6 +165,12 @@ async def rows_not_under(connection: Connection, chunk: Chunk, stream: str, pref
         return await connection.fetch(_ROWS, chunk.tenant, stream, before, prefix, chunk.plain, limit)
 
 
+async def rows_not_of_persons(connection: Connection, chunk: Chunk, stream: str, suite: int, before: int, limit: int) -> list[Any]:
+    """Events before that position that are not under the live version of a person's key with that suite, from behind."""
+    with mapped():
+        return await connection.fetch(_ROWS_NOT_OF_PERSONS, chunk.tenant, stream, before, suite, chunk.plain, limit)
+
+
 async def classes(connection: Connection, tenant: str, streams: Sequence[str]) -> dict[str, str]:
     with mapped():
         rows = await connection.fetch(
@@ -189,10 +208,19 @@ async def lock_history(connection: Connection, tenant: str, stream: str) -> tupl
     return [Range(r["key_id"], r["key_version"], r["used_from_position"], r["used_to_position"]) for r in rows], head
 
 
-async def write_history(
-    connection: Connection, tenant: str, stream: str, old: Sequence[Range], new: Sequence[Range], suite: str, sealed_from: int
-) -> None:
-    """After `lock_history`. `sealed_from`: nothing plain stands from there on."""
+async def ranges_of(connection: Connection, tenant: str, stream: str, keys: Sequence[tuple[UUID, int]]) -> list[Range]:
+    """The stream's ranges of those key versions, which are persons'."""
+    with mapped():
+        rows = await connection.fetch(
+            """SELECT h.* FROM stream_key_history h JOIN unnest($3::uuid[], $4::int[]) x(k, v) ON h.key_id = x.k AND h.key_version = x.v
+               WHERE h.tenant_id = $1 AND h.stream_id = $2""",
+            tenant, stream, [key_id for key_id, _ in keys], [version for _, version in keys],
+        )  # fmt: skip
+    return [Range(r["key_id"], r["key_version"], r["used_from_position"], r["used_to_position"]) for r in rows]
+
+
+async def write_history(connection: Connection, tenant: str, stream: str, old: Sequence[Range], new: Sequence[Range]) -> None:
+    """After `lock_history`."""
     with mapped():
         gone, made = [r for r in old if r not in new], [r for r in new if r not in old]
         await connection.execute(
@@ -205,8 +233,27 @@ async def write_history(
                VALUES ($1, $2, $3, $4, $5, $6)""",
             [(tenant, stream, *r) for r in made],
         )
+
+
+async def mark_sealed(connection: Connection, tenant: str, stream: str, key_id: UUID | None, suite: str, sealed_from: int) -> None:
+    """`key_id`: the stream's key, None where it is sealed by person. `sealed_from`: nothing plain stands from there on."""
+    with mapped():
         await connection.execute(
             """UPDATE streams SET is_encrypted = true, encrypted_from_position = least(encrypted_from_position, $5),
                  encryption_key_id = $3, encryption_algorithm = $4 WHERE tenant_id = $1 AND stream_id = $2""",
-            tenant, stream, new[-1].key_id, suite, sealed_from,
+            tenant, stream, key_id, suite, sealed_from,
+        )  # fmt: skip
+
+
+async def drop_unused_ranges(connection: Connection, tenant: str, stream: str) -> None:
+    """Of persons' retired key versions that no event of the stream is under any more. Theirs cannot be told from what a single step wrote."""
+    with mapped():
+        await connection.execute(
+            f"""DELETE FROM stream_key_history h USING encryption_keys k
+                WHERE h.tenant_id = $1 AND h.stream_id = $2 AND k.tenant_id = $1 AND k.key_id = h.key_id AND k.key_version = h.key_version
+                  AND k.scope_kind = 'subject' AND NOT k.is_active
+                  AND (h.key_id, h.key_version) NOT IN (
+                    SELECT {_KEY_ID}, {_KEY_VERSION} FROM messages m
+                    WHERE m.tenant_id = $1 AND m.stream_id = $2 AND octet_length(m.data_encrypted) >= 25)""",  # noqa: S608 (constants)
+            tenant, stream,
         )  # fmt: skip

@@ -108,6 +108,80 @@ def test_a_stream_that_is_split_off_a_shared_key_can_be_shredded_alone(world: Wo
     assert {event["status"] for event in world.events("acme", stream="class-2")} == {"ok"}
 
 
+async def fill_persons(world: World, by: dict[str, list[str | None]]) -> None:
+    """An event in each stream for each person in the list, who is named in it."""
+    async with open_library(world.settings, writer="library-test") as library:
+        for stream, persons in by.items():
+            events = [NewEvent(type="T", data={"n": n} | ({"by": person} if person else {})) for n, person in enumerate(persons)]
+            await library.store.append_to_stream(stream, events, tenant="acme")
+
+
+async def set_policy(world: World, **policy: Any) -> None:
+    async with open_library(world.settings, writer="library-test") as library:
+        await library.policies.update_policy("*/Aes", policy, actor="a test", reason="a test")
+
+
+def of_persons(world: World, stream: str) -> dict[str, str]:
+    """Position and person → the kind and version of the key."""
+    rows = world.sql("SELECT stream_position, data_encrypted FROM messages WHERE stream_id = $1", stream)
+    names = {r["key_id"]: r["scope_id"] for r in world.sql("SELECT key_id, scope_id FROM encryption_keys")}
+    headers = {row["stream_position"]: parse_header(bytes(row["data_encrypted"])) for row in rows}
+    return {at: f"{names[h.key_id]} {h.key_version} {h.suite.label}" for at, h in sorted(headers.items())}  # type: ignore[misc]
+
+
+PER_PERSON = {"key_scope": "subject", "subject": "json:/by"}
+
+
+def test_events_of_persons_go_under_the_newest_versions_of_their_own_keys(make_world: Callable[..., World]) -> None:
+    world = make_world(policies={"install": [{"class": "Aes", **PER_PERSON}]})
+    world.run().stop()
+    asyncio.run(fill_persons(world, {"aes-1": ["ann", "bob", "ann", "cid", "bob"], "aes-2": ["bob"] * 600}))
+    world.control()
+    worker(world)
+    opened = world.events("acme")
+    assert world.carry_out("rotate", ACME)["status"] == "done"
+    asyncio.run(fill_persons(world, {"aes-1": ["ann"]}))  # the writer begins with the new version
+    receipt = world.carry_out("reencrypt", ACME, final=("done", "rejected", "failed"))
+    assert (receipt["status"], receipt["events"]) == ("done", {"resealed": 605, "left": 0, "chunks": 1})
+    suite = "AES-256-GCM"
+    assert list(of_persons(world, "aes-1").values()) == [f"{name} 2 {suite}" for name in ("ann", "bob", "ann", "cid", "bob", "ann")]
+    assert set(of_persons(world, "aes-2").values()) == {f"bob 2 {suite}"}
+    assert [event for event in world.events("acme") if event["position"] <= 5 or event["stream_id"] == "aes-2"] == opened
+    assert key_history_faults(world) == []
+    assert world.carry_out("reencrypt", ACME, final=("done",))["events"]["resealed"] == 0, "there is nothing left to do"
+    asyncio.run(set_policy(world, algorithm="ChaCha20-Poly1305"))
+    assert world.carry_out("reencrypt", of_stream("aes-1"), final=("done",))["events"]["resealed"] == 6
+    assert {use.split()[2] for use in of_persons(world, "aes-1").values()} == {"ChaCha20-Poly1305"}
+    assert key_history_faults(world) == []
+    shred = Scope(tenant="acme", kind=ScopeKind.SUBJECT, id="bob")
+    assert world.carry_out("shred", shred)["events"]["unreadable"] == 602
+    assert [event["status"] for event in world.events("acme", stream="aes-1")] == ["ok", "erased", "ok", "ok", "erased", "ok"]
+
+
+def test_events_from_before_a_policy_by_person_come_under_the_persons_keys_and_what_names_nobody_is_left(make_world: Callable[..., World]) -> None:
+    world = make_world(policies={"install": [{"class": "Aes"}]})
+    world.run().stop()
+    asyncio.run(fill_persons(world, {"aes-1": ["ann", None, "bob", "eve", "ann"]}))
+    world.control()
+    worker(world)
+    assert world.carry_out("shred", Scope(tenant="acme", kind=ScopeKind.SUBJECT, id="eve"))["status"] == "inaccessible"
+    opened = world.events("acme")
+    asyncio.run(set_policy(world, **PER_PERSON))
+    receipt = world.carry_out("reencrypt", ACME, final=("done", "rejected", "failed"))
+    assert (receipt["status"], receipt["events"]) == ("done", {"resealed": 3, "left": 2, "chunks": 1})
+    used = [use.split()[0] for use in of_persons(world, "aes-1").values()]
+    assert used == ["ann", "aes-1", "bob", "aes-1", "ann"]
+    assert world.events("acme") == opened
+    assert key_history_faults(world) == []
+    assert world.carry_out("shred", Scope(tenant="acme", kind=ScopeKind.SUBJECT, id="ann"))["events"]["unreadable"] == 2
+    assert [event["status"] for event in world.events("acme")] == ["erased", "ok", "ok", "ok", "erased"]
+    asyncio.run(set_policy(world, key_scope="stream", subject=None))
+    receipt = world.carry_out("reencrypt", ACME, final=("done",))
+    assert receipt["events"] == {"resealed": 1, "left": 2, "chunks": 1}, "and back; what is shredded stays as it is"
+    assert [use.split()[0] for use in of_persons(world, "aes-1").values()] == ["ann", "aes-1", "aes-1", "aes-1", "ann"]
+    assert key_history_faults(world) == []
+
+
 @pytest.mark.parametrize("dies_at", ["worker:opened", "worker:rows", "worker:stream"])
 def test_a_chunk_of_a_killed_worker_is_done_by_another(world: World, dies_at: str) -> None:
     asyncio.run(fill(world, {"aes-1": 1100, "aes-2": 600}))
@@ -253,13 +327,23 @@ def test_without_the_epoch_a_worker_seals_anew_what_was_shredded(world: World) -
     assert resealed_after_a_shred(world, Trusting)
 
 
-def test_a_row_that_is_not_as_it_was_read_is_left_to_whoever_changed_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two workers with the same chunk: the second one's writes find nothing. And the control: without the 25 bytes, they would."""
+def replacing_anything(connection: Any, tenant: str, stream: str, new: Any) -> Any:
+    """Broken: it writes whatever the row is by now."""
+    return connection.fetch(
+        """UPDATE messages m SET data_encrypted = x.envelope, data = x.document, metadata = NULL
+           FROM unnest($3::bigint[], $4::bytea[], $5::bytea[], $6::bytea[]) x(position, old, envelope, document)
+           WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position = x.position
+           RETURNING m.stream_position, m.data_encrypted, m.data""",
+        tenant, stream, *([n[column] for n in new] for column in range(4)),
+    )  # fmt: skip
+
+
+def rows_that_the_later_worker_writes(world: World, monkeypatch: pytest.MonkeyPatch, replace: Callable[..., Any]) -> list[int]:
+    """Two workers have read the same rows; -> how many each of them then writes, in order."""
     asyncio.run(fill(world, {"aes-1": 20}))
     world.control()
     assert world.carry_out("rotate", ACME)["status"] == "done"
     seen: list[int] = []
-    replace = jobs.replace
 
     async def noted(*arguments: Any) -> Any:
         written = await replace(*arguments)
@@ -268,15 +352,23 @@ def test_a_row_that_is_not_as_it_was_read_is_left_to_whoever_changed_it(world: W
 
     monkeypatch.setattr(jobs, "replace", noted)
 
-    async def both(first: type[Reencryption]) -> None:
+    async def both() -> None:
         async def other() -> None:
             async with paused(world, Reencryption, lambda: None) as (work, command_id):
                 await work.work(command_id, 0)
 
-        async with paused(world, first, lambda: asyncio.run(other())) as (work, command_id):
+        async with paused(world, Reencryption, lambda: asyncio.run(other())) as (work, command_id):
             await work.work(command_id, 0)
 
-    asyncio.run(both(Reencryption))
-    assert seen == [20, 0]
+    asyncio.run(both())
+    return seen
+
+
+def test_a_row_that_is_not_as_it_was_read_is_left_to_whoever_changed_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rows_that_the_later_worker_writes(world, monkeypatch, jobs.replace) == [20, 0]
     assert {event["status"] for event in world.events("acme")} == {"ok"}
     assert key_history_faults(world) == []
+
+
+def test_control_without_the_25_bytes_a_row_is_written_over_that_somebody_else_changed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rows_that_the_later_worker_writes(world, monkeypatch, replacing_anything) == [20, 20]

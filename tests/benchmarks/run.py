@@ -19,7 +19,7 @@ from typing import Any
 import uvloop
 
 from sidecar.testing import local_stack
-from tests.benchmarks import audit, beside, commands, epochs, throughput
+from tests.benchmarks import audit, beside, commands, epochs, reencryption, throughput
 
 BOUNDS = {
     "encrypted / plain": ">= 0.90",
@@ -39,6 +39,7 @@ BOUNDS = {
     "beside a control plane / alone": ">= 0.98",
     "memory after a million streams MB": "< 250",
     "verify of 1,000,000 audit rows s": "< 30",
+    "re-encryption, one worker, events/s": ">= 10000",
     "epoch roll of 10,000 tenants on SoftHSM s": "< 10",
 }
 
@@ -53,7 +54,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--large", default="100000,1000000", help="streams of the large tenants")
     parser.add_argument("--audit-rows", type=int, default=1_000_000)
     parser.add_argument("--tenants", type=int, default=10_000, help="whose keys a new seal epoch takes over")
-    parser.add_argument("--only", default="throughput,streams,commands,beside,memory,audit,epochs")
+    parser.add_argument("--resealed", type=int, default=40_000, help="events that workers seal anew")
+    parser.add_argument("--only", default="throughput,streams,commands,beside,memory,audit,epochs,reencryption")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -74,6 +76,8 @@ async def measure(options: argparse.Namespace, stack: local_stack.LocalStack) ->
         figures |= await audit.verify_seconds(bench, options.audit_rows)
     if "epochs" in only:
         figures |= await epochs.roll_seconds(bench, options.tenants)
+    if "reencryption" in only:
+        figures |= await reencryption.rates(bench, options.resealed, options.rounds)
     if "memory" in only:
         figures |= await throughput.memory(bench, options.memory_streams)
     return figures
