@@ -286,7 +286,7 @@ class LimitSettings(_Section):
     soft_uses: int = Field(default=SOFT_LIMIT_USES, ge=1)
     """Seals under one key version at which it is rotated."""
     hard_uses: int = Field(default=HARD_LIMIT_USES, ge=1, le=HARD_LIMIT_USES)
-    """Seals under one key version beyond which nothing is sealed: the partition waits."""
+    """Seals under one key version beyond which nothing is sealed with it: what would exceed it goes under the next version."""
     uses_block: int = Field(default=USES_BLOCK, ge=1)
     """Uses of a class's or tenant's key that an instance sets aside at a time; of a person's key a 64th."""
 
@@ -334,6 +334,12 @@ class Settings(_Section):
         for what, names in (("view name", [v.name for v in self.views]), ("view topic", [v.topic for v in self.views])):
             if len(names) != len(set(names)):
                 raise ValueError(f"views: a {what} stands twice")
+        return self
+
+    @model_validator(mode="after")
+    def _a_batch_fits_a_key(self) -> Self:
+        if self.limits.hard_uses < self.batch.max_records:
+            raise ValueError("limits.hard_uses: one key must be able to seal a whole batch (batch.max_records)")
         return self
 
     def check_profile(self) -> None:

@@ -4,6 +4,7 @@ Whatever a batch changed here before it committed is dropped with it (`discard`)
 A tenant whose epoch moved (shred, rotation, policy) is dropped whole, keys and all.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -214,28 +215,35 @@ class Streams:
         """Before a batch is sealed: each key may be used as often as the batch has records for it, or has a successor from here on.
 
         `fields`: how many more seals each is needed for, of fields of documents. Of a stream's key those are on record, in blocks: its
-        positions do not tell of them. Raises KeyExhausted where a key would seal beyond the hard limit: then nothing of the batch is sealed.
+        positions do not tell of them. Raises KeyExhausted where the batch alone is more than a key may seal: then nothing of it is sealed.
         """
-        limits = self._limits
+        limits, full = self._limits, self._full({key: n + fields.get(key, 0) for key, n in needs.items()})
         for used, records in needs.items():
             key, n = used, records + fields.get(used, 0)
             if n > key.left:
-                if key.uses >= limits.soft:
+                if key.ref in full:
                     key = self._rotate(used, fresh)
                 more = min(max(limits.next_block(key.scope.kind, key.uses), n - key.left), limits.hard - key.uses)
                 if key.left + more < n:
-                    raise KeyExhausted(f"a key of {key.scope.kind} scope would seal beyond the hard limit of {limits.hard} uses; rotate it")
+                    raise KeyExhausted(f"{n} events at once are more than the {limits.hard} that a key of {key.scope.kind} scope may seal")
                 key.uses += more
                 key.left += more
                 if key.scope.kind is not ScopeKind.STREAM:
-                    self._reserve((key.scope.tenant, key.key_id, key.version), more, fresh)
+                    self._reserve(key.ref, more, fresh)
             key.left -= n
             if n > records and key.scope.kind is ScopeKind.STREAM:
                 if n - records > key.fields_left:
                     block = max(limits.block // SUBJECTS_PER_BLOCK, n - records)
-                    self._reserve((key.scope.tenant, key.key_id, key.version), block, fresh)
+                    self._reserve(key.ref, block, fresh)
                     key.fields_left += block
                 key.fields_left -= n - records
+
+    def _full(self, needs: dict[SealingKey, int]) -> set[KeyRef]:
+        """The versions that have reached the soft limit, or would go beyond the hard one now. Under several suites it is still one version."""
+        short: Counter[KeyRef] = Counter()
+        for key, n in needs.items():
+            short[key.ref] += max(n - key.left, 0)
+        return {key.ref for key in needs if key.uses >= self._limits.soft or 0 <= self._limits.hard - short[key.ref] < key.uses}
 
     def _reserve(self, key: KeyRef, uses: int, fresh: Fresh) -> None:
         fresh.reserved[key] = fresh.reserved.get(key, 0) + uses
@@ -248,7 +256,7 @@ class Streams:
             if not tenant.keks:
                 raise KeyUnavailable("a tenant without a tenant key gets no key")
             made, cipher = make_dek(tenant.keks[max(tenant.keks)], scope, old.suite, old.key_id, old.version + 1)
-            fresh.retired.append((scope.tenant, old.key_id, old.version))
+            fresh.retired.append(old.ref)
             fresh.deks.append(made)
         else:  # under another suite, in this batch
             cipher = open_dek(tenant.keks, made).into_cipher(old.suite)

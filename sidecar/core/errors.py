@@ -92,7 +92,7 @@ class UnknownKey(KeyUnavailable):
 
 
 class KeyExhausted(KeyUnavailable):
-    """The key has sealed as often as it may; rotate it."""
+    """More is to be sealed at once than one key version may seal."""
 
 
 class AccessDenied(SidecarError):

@@ -34,7 +34,7 @@ SUBJECTS_PER_BLOCK = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UseLimits:
-    """How often one key version may seal: `soft` has the next batch rotate it, beyond `hard` nothing is sealed, whatever happens.
+    """How often one key version may seal: `soft` has the next batch rotate it, and so has one that would go beyond `hard`.
 
     A stream's key is used by who holds the stream, and its count is its positions. A key that several instances share is counted in
     blocks: each is reserved in the transaction of the first batch that uses it, so that a crash loses at most what is left of one.

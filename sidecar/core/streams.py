@@ -31,6 +31,10 @@ class SealingKey(Secret):
     fields_left: int = 0
     """Of a stream's key, which is counted by positions: how many seals of fields are on record beside them and not used yet."""
 
+    @property
+    def ref(self) -> KeyRef:
+        return self.scope.tenant, self.key_id, self.version
+
 
 Barriers = dict[tuple[int, int], int]
 """(source id, partition) → where the log ended when a scope was shredded. What stands below is refused for ever, also after a readmission."""

@@ -14,6 +14,7 @@ from uuid import UUID
 import pytest
 
 from sidecar.core.envelope import parse_header
+from sidecar.core.keys import UseLimits
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.pipeline import Pipeline, Ports
 from tests.acceptance.key_history import key_history_faults
@@ -93,26 +94,34 @@ def test_dead_letters_count_too(make_world: Callable[..., World]) -> None:
     assert key_history_faults(world) == []
 
 
-@pytest.mark.parametrize("stream", STREAMS)
-def test_beyond_the_hard_limit_nothing_is_sealed_until_the_key_is_rotated(make_world: Callable[..., World], stream: str) -> None:
+def test_a_key_that_would_seal_beyond_the_hard_limit_is_rotated_and_nobody_waits(make_world: Callable[..., World]) -> None:
+    """Also where the soft limit, wrongly set, would not have it rotated before."""
     world = limited(make_world, soft=1000, hard=20, block=7)
-    world.control(wait=False)
-    plane = world.run()
-    world.planes[0].wait_ready()
-    send(world, stream, 40)
-    until(lambda: plane.text().count("KeyExhausted") > 2 or plane.text().count("beyond the hard limit") > 2, "the partition to wait")
-    assert 15 < world.value("SELECT count(*) FROM messages") <= 20
-    assert overuses(world, 20) == []
-    for _ in range(3):  # each version takes 20 at most
-        if world.value("SELECT count(*) FROM messages") == 40:
-            break
-        stored = world.value("SELECT count(*) FROM messages")
-        assert world.carry_out("rotate", Scope.of_tenant("acme"))["status"] == "done"
-        until(lambda s=stored: world.value("SELECT count(*) FROM messages") in (40, *range(s + 15, s + 21)), "what one version may seal")
+    world.run()
+    for stream in STREAMS:
+        send(world, stream, 50)
+        send(world, "cart-1", 10)
     world.settle()
-    assert world.value("SELECT count(*) FROM messages") == 40
+    assert Counter(row["status"] for row in world.events("acme")) == {"ok": 240}
     assert overuses(world, 20) == []
+    assert min(Counter(row["scope_kind"] for row in world.sql("SELECT * FROM encryption_keys")).values()) >= 3
     assert key_history_faults(world) == []
+
+
+class Unlimited(Pipeline):
+    """Sets aside as many uses as a batch has records."""
+
+    def __init__(self, ports: Ports) -> None:
+        super().__init__(ports)
+        ports.streams._limits = UseLimits(soft=1000, hard=1000, block=7)
+
+
+def test_control_without_the_hard_limit_a_key_seals_beyond_it(make_world: Callable[..., World]) -> None:
+    world = limited(make_world, soft=1000, hard=20, block=7)
+    with in_process(world, Unlimited):
+        send(world, "aes-1", 50)
+        world.settle()
+    assert any("of 20" in fault for fault in overuses(world, 20))
 
 
 class Uncounted(Pipeline):
