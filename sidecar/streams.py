@@ -225,7 +225,7 @@ class Streams:
                     key = self._rotate(used, fresh)
                 more = min(max(limits.next_block(key.scope.kind, key.uses), n - key.left), limits.hard - key.uses)
                 if key.left + more < n:
-                    raise KeyExhausted(f"{n} events at once are more than the {limits.hard} that a key of {key.scope.kind} scope may seal")
+                    raise KeyExhausted(f"{n} seals at once are more than the {limits.hard} that a key of {key.scope.kind} scope may seal")
                 key.uses += more
                 key.left += more
                 if key.scope.kind is not ScopeKind.STREAM:

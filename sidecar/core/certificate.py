@@ -84,6 +84,8 @@ def in_words(document: Mapping[str, Any]) -> list[str]:
     """What a person reads of a certificate that was verified."""
     events, sampled, destroyed = document["events"], document["sampled"], document["destroyed"]
     until = f", which are set aside until {destroyed['set_aside_until']} and then destroyed" if destroyed["set_aside_until"] else ""
+    others = ", ".join(f"{n} {reason}" for reason, n in sorted(sampled["not_opened"].items()))
+    broken = f"; {sum(sampled['not_opened'].values())} could not be read for another reason than the shred ({others})" if others else ""
     left = [entry for entry in document["residue"] if entry["state"] != "done"]
     remain = "plain ones do not say whose they are" if events["plain_remaining"] is None else f"{events['plain_remaining']} plain ones remain"
     said = [
@@ -95,7 +97,7 @@ def in_words(document: Mapping[str, Any]) -> list[str]:
         f"keys: {destroyed['keys']}{until}; SHA-256 over their fingerprints {destroyed['fingerprints_sha256']}",
         f"events: {events['unreadable']} unreadable, {remain}, {events['plain_deleted']} plain ones were deleted",
         *[f"of {n} of the unreadable, the fields that policy does not name are still in clear" for n in [events.get("clear_remainders")] if n],
-        f"decryption was tried on {sampled['attempted']} of them and failed on {sampled['failed']}",
+        f"decryption was tried on {sampled['attempted']} of them and failed on {sampled['failed']}{broken}",
         f"left to do: {len(left)} of {len(document['residue'])} places" if left else "left to do: nothing",
     ]
     said += [f"  {entry['where']}: " + (f"until {entry['until']}" if entry["until"] else "no end is known") for entry in left]

@@ -223,6 +223,27 @@ def test_kms_that_is_away_is_no_failed_decryption_and_the_certificate_waits_for_
     assert payload(file, public_key(world))["sampled"]["attempted"] == 1
 
 
+def test_an_event_that_cannot_be_read_for_another_reason_is_named_and_not_counted_as_erased(world: World, tmp_path: Path) -> None:
+    for _ in range(4):
+        world.event(world.topic("in"), b"{}", stream=JANE.id)
+    world.run()
+    world.settle()
+    world.sql("UPDATE messages SET data_encrypted = '\\x00'::bytea || substring(data_encrypted FROM 2) WHERE stream_position = 2")
+    control = world.control()
+    receipt = world.carry_out("shred", JANE)
+    issued(world, receipt)
+    file, _ = written(world, receipt, tmp_path)
+    found = payload(file, public_key(world))
+    validate(found, "certificate")
+    assert {name: found["sampled"][name] for name in ("attempted", "failed", "not_opened")} == {
+        "attempted": 4,
+        "failed": 3,
+        "not_opened": {"MalformedEnvelope": 1},
+    }
+    assert "1 could not be read for another reason than the shred (1 MalformedEnvelope)" in "\n".join(certificate.in_words(found))
+    assert "cannot be read" in control.text(), "somebody has to look at it"
+
+
 def test_no_certificate_while_an_event_of_the_scope_can_be_opened(world: World) -> None:
     """Control of the sample: a key that survived its shred."""
     world.event(world.topic("in"), b"{}", stream="aes-1")

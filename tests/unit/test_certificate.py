@@ -45,7 +45,7 @@ DOCUMENT: dict[str, Any] = {
     "irrecoverable_reason": "next seal epoch",
     "destroyed": {"keys": 1, "fingerprints_sha256": "ef" * 32, "data_keys_below": None, "set_aside_until": None},
     "events": {"unreadable": 20, "plain_remaining": 0, "plain_deleted": 0},
-    "sampled": {"attempted": 20, "failed": 20, "at": "2026-11-24T12:00:01.000Z"},
+    "sampled": {"attempted": 20, "failed": 20, "not_opened": {}, "at": "2026-11-24T12:00:01.000Z"},
     "barrier": {"users.decrypted": {"0": 4711}},
     "instances": [{"instance_id": "pod-0", "outcome": "released"}],
     "residue": [
