@@ -27,13 +27,13 @@ from sidecar.partitions import Claimer, Sources
 from sidecar.pipeline import Pipeline, Ports
 from sidecar.postgres import migrations
 from sidecar.postgres.batches import GuardSession
-from sidecar.postgres.connection import Pool, connected, open_pool
+from sidecar.postgres.connection import Connection, Pool, connected, open_pool
 from sidecar.postgres.durability import check_standby
 from sidecar.postgres.keystore import KeyStore
 from sidecar.settings import Settings
 from sidecar.streams import Streams
 from sidecar.upkeep import Upkeep
-from sidecar.views import Views
+from sidecar.views import View, Views
 
 
 class SystemClock:
@@ -81,7 +81,7 @@ async def compose(settings: Settings, instance_id: str, *, pipeline_of: Callable
     kms = open_for(settings.kms, "data")
     await check_identity(kms, "data", production=settings.profile == "production")
     admin = Admin(settings)
-    views, dead_letter_partitions = await prepare(settings, admin)
+    configured, dead_letter_partitions = await prepare(settings, admin)
     dsn = settings.postgres.for_role("data")
     pool = await open_pool(dsn, application_name=f"sidecar keys {instance_id}")
     keys, store = KeyManagement(kms, dedicated=settings.kms.dedicated), KeyStore(pool)
@@ -96,12 +96,13 @@ async def compose(settings: Settings, instance_id: str, *, pipeline_of: Callable
         streams=Streams(store, keys, max_streams=min(settings.limits.stream_heads, settings.limits.key_cache_entries), limits=settings.limits.uses),
         extractor_of=sources.extractor,
         classifier=Classifier([c.rule() for c in settings.classes]),
-        views=views,
+        views=Views(configured),
         dead_letter_partitions=dead_letter_partitions,
         load_policies=lambda: store.policies(settings.policies.unmatched),
         new_ciphers=lambda: Ciphers(store, keys),
         claim=claimer.claim,
         ledger=LedgerGate(LedgerTopic(settings, admin), settings.deployment, records=True),
+        record=lambda connection: record(connection, settings, configured),
         clock=SystemClock(),
     )
     telemetry.key_cache_entries.set_function(ports.streams.ciphers)
@@ -137,8 +138,8 @@ async def _announce(pipeline: Pipeline, http: web.AppRunner) -> None:
     telemetry.say_ready(http)
 
 
-async def prepare(settings: Settings, admin: Admin) -> tuple[Views, int]:
-    """Before serving: schema, topics, views on record, policies installed once. Raises ConfigurationError."""
+async def prepare(settings: Settings, admin: Admin) -> tuple[list[View], int]:
+    """Before serving: schema and topics; -> the views, the dead letters' partitions. Raises ConfigurationError."""
     dsn = settings.postgres.for_role("data")
     if settings.profile == "development":
         await asyncio.to_thread(topics.apply, settings, admin)
@@ -151,6 +152,11 @@ async def prepare(settings: Settings, admin: Admin) -> tuple[Views, int]:
         await migrations.check_or_migrate(connection, may_migrate=settings.profile == "development")
         if any(source.purge != "off" for source in settings.sources):
             await check_standby(connection, production=settings.profile == "production")
-        recorded = await topics.record_views(connection, settings, {name: info.partitions for name, info in found.items()})
-        await policies.apply(connection, settings.policies.install, actor="sidecar.yaml", now=datetime.now(UTC), only_new=True)
-    return Views(recorded), found[settings.dead_letters.topic].partitions
+    configured = topics.views(settings, {name: info.partitions for name, info in found.items()})
+    return configured, found[settings.dead_letters.topic].partitions
+
+
+async def record(connection: Connection, settings: Settings, configured: list[View]) -> None:
+    """Views on record, policies installed once: into a database that may be served. Raises ConfigurationError."""
+    await topics.record_views(connection, configured)
+    await policies.apply(connection, settings.policies.install, actor="sidecar.yaml", now=datetime.now(UTC), only_new=True)

@@ -6,7 +6,7 @@ had staged; whatever is not known for certain is asked of Postgres and Kafka aga
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -33,6 +33,7 @@ from sidecar.persons import Persons
 from sidecar.placement import Placement
 from sidecar.ports import Clock
 from sidecar.postgres.batches import GuardSession, Refusal, TenantStates
+from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import Fenced
 from sidecar.postgres.leases import Lease
 from sidecar.replay import Replay
@@ -61,6 +62,8 @@ class Ports:
     load_policies: Callable[[], Any]
     new_ciphers: Callable[[], Ciphers]
     ledger: LedgerGate
+    record: Callable[[Connection], Awaitable[None]]
+    """Writes what this instance serves down, once the ledger lets it."""
     claim: Claim
     clock: Clock
 
@@ -258,6 +261,8 @@ class Pipeline:
                 await self.ports.producer.reopen()
                 await self.ports.session.open()
                 await self.ports.ledger.check(self.ports.session.connection)
+                if not self.serving.is_set():
+                    await self.ports.record(self.ports.session.connection)
                 await self.partitions.reclaim_all(self.ports.session.connection, self.source)
                 self._voids += 1
                 self._policies = await self.ports.load_policies()

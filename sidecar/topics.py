@@ -1,5 +1,6 @@
 """The topics that the product needs, as they are and as they should be; views on record with their partition counts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from sidecar.core.errors import ConfigurationError
@@ -54,19 +55,23 @@ def apply(settings: Settings, admin: Admin) -> list[dict[str, Any]]:
     return rows
 
 
-async def record_views(connection: Connection, settings: Settings, found: dict[str, int]) -> list[View]:
-    """Put the views on record with the partitions that their topics have; refuse one that has changed since.
-
-    A tombstone is sent to the partition that its event went to, so the count a view began with is the one for good. Topic, key and match
-    may change; the ones before stay on record, because what they put into a topic stays there.
-    """
-    views: list[View] = []
+def views(settings: Settings, found: dict[str, int]) -> list[View]:
+    """The configured views, on topics that have so many partitions. Raises ConfigurationError for a topic that is not there."""
     for view in settings.views:
         if view.topic not in found:
             raise ConfigurationError(
                 f"the topic {view.topic} of view {view.name} does not exist", where=f"views: {view.name}", mend="run `sidecar topics apply`"
             )
-        definition = view.model_dump(mode="json")
+    return [View(view, found[view.topic]) for view in settings.views]
+
+
+async def record_views(connection: Connection, configured: Sequence[View]) -> None:
+    """Put the views on record with the partitions that their topics have; refuse one that has changed since.
+
+    A tombstone is sent to the partition that its event went to, so the count a view began with is the one for good. Topic, key and match
+    may change; the ones before stay on record, because what they put into a topic stays there.
+    """
+    for view, partitions in ((v.settings, v.partitions) for v in configured):
         with mapped():
             recorded = await connection.fetchval(
                 """INSERT INTO views AS v (name, topic, partitions, key_mode, definition) VALUES ($1,$2,$3,$4,$5)
@@ -75,15 +80,13 @@ async def record_views(connection: Connection, settings: Settings, found: dict[s
                    RETURNING partitions""",
                 view.name,
                 view.topic,
-                found[view.topic],
+                partitions,
                 view.key,
-                definition,
+                view.model_dump(mode="json"),
             )
-        if recorded != found[view.topic]:
+        if recorded != partitions:
             raise ConfigurationError(
-                f"view {view.name} began with {recorded} partitions, its topic has {found[view.topic]} now",
+                f"view {view.name} began with {recorded} partitions, its topic has {partitions} now",
                 where=f"views: {view.name}",
                 mend="give the view a new name and topic: its old records could not be erased otherwise",
             )
-        views.append(View(view, recorded))
-    return views

@@ -142,6 +142,22 @@ def test_a_restored_database_is_refused_by_every_door_until_the_ledger_is_replay
     assert world.json("ledger", "replay")["applied"] == {"shred": 0, "hold": 0, "release": 0, "readmit": 0}
 
 
+def test_a_data_plane_writes_nothing_into_a_database_that_it_may_not_serve(world: World) -> None:
+    """Not its views and first policies either: what it stood at before would be gone, and a shred's residue is planned by the views on record."""
+    control = world.control()
+    world.sql("INSERT INTO tenants (tenant_id) VALUES ('alpha')")
+    assert world.carry_out("shred", tenant("alpha"))["status"] == "inaccessible"
+    stop(control)
+    world.sql("DELETE FROM ledger")  # as in a backup from before
+    data = world.run(wait=False)
+    until(lambda: MEND in data.text(), "the plane to say what it waits for")
+    recorded = "SELECT (SELECT count(*) FROM views), (SELECT count(*) FROM encryption_policies WHERE stream_type_class = 'PerClass')"
+    assert tuple(world.sql(recorded)[0]) == (0, 0)
+    assert world.json("ledger", "replay")["applied"]["shred"] == 1
+    data.wait_ready()
+    assert tuple(world.sql(recorded)[0]) == (1, 1)
+
+
 def test_after_the_replay_every_shred_holds_and_everything_else_is_whole(shredded_since: World) -> None:
     world = shredded_since
     shown = view(world)

@@ -154,3 +154,11 @@ def test_topics_plan_and_apply_create_views_with_what_erasure_needs_and_change_n
     (row,) = [row for row in world.json("topics", "apply") if row["topic"] == name]
     assert (row["action"], row["differs"]) == ("differs", {"retention.ms": str(3 * 86_400_000), "partitions": 5})
     assert admin.topic_config(name)["retention.ms"] == str(3 * 86_400_000)
+
+
+def test_a_view_whose_topic_has_other_partitions_than_it_began_with_is_refused_at_start(world: World) -> None:
+    world.run().stop()
+    world.sql("UPDATE views SET partitions = 9")
+    again = world.run(wait=False)
+    assert again.process.wait(40) == 2
+    assert "view all began with 9 partitions, its topic has 3 now" in again.text()

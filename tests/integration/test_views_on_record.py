@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from sidecar import topics
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.notices import erasing_keys
 from sidecar.postgres import migrations, shreds
@@ -26,7 +27,7 @@ async def connection(database: str) -> AsyncIterator[Connection]:
 
 async def recorded(connection: Connection, settings: Settings, **changes: Any) -> list[View]:
     view = ViewSettings.model_validate({"name": "v", "topic": "one", "partitions": 2} | changes)
-    await record_views(connection, settings.model_copy(update={"views": [view]}), {"one": 2, "two": 2})
+    await record_views(connection, topics.views(settings.model_copy(update={"views": [view]}), {"one": 2, "two": 2}))
     return await shreds.views(connection)
 
 
@@ -38,7 +39,7 @@ async def test_every_topic_match_and_key_that_a_view_had_stays_on_record(connect
     two, one = await recorded(connection, settings, topic="two", match={"classes": ["C"]})
     assert (two.topic, two.keys, two.matches) == ("two", ("event",), (Match(topics=["*"], classes=["C"], tenants=["*"]),))
     assert (one.topic, one.keys, set(map(str, one.matches))) == ("one", ("event", "stream"), {str(narrow), str(ALL)})
-    await record_views(connection, settings.model_copy(update={"views": []}), {})
+    await record_views(connection, [])
     assert [view.topic for view in await shreds.views(connection)] == ["two", "one"], "also when it leaves the configuration"
 
 
