@@ -59,8 +59,10 @@ class DataPlane:
         upkeep = asyncio.create_task(self.upkeep.run())
         try:
             await self.source.subscribe([s.topic for s in self.settings.sources])
-            await self.pipeline.run(self.source, stop)
-            await self.source.close()
+            try:
+                await self.pipeline.run(self.source, stop)
+            finally:  # also of one that refuses to start: its consumer would keep the process from ending
+                await self.source.close()
             if self.pipeline.ready[0]:  # else a transaction may be open: as one that died, the next shred fences this instance
                 with suppress(StoreUnavailable):
                     await ports.session.stop()
