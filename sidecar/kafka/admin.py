@@ -14,6 +14,8 @@ from sidecar.settings import Settings
 
 TIMEOUT_SECONDS = 10.0
 _ABSENT = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC)
+_UNSETTLED = (KafkaError.UNKNOWN_LEADER_EPOCH, KafkaError.FENCED_LEADER_EPOCH, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.NOT_LEADER_FOR_PARTITION)
+"""What a broker says of a partition that was made, or got another leader, in this moment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +70,18 @@ class Admin:
         spec = OffsetSpec.latest() if end else OffsetSpec.earliest()
         wanted = {TopicPartition(topic, p): spec for topic, count in topics.items() for p in range(count)}
         out: dict[str, dict[int, int]] = {topic: {} for topic in topics}
-        if wanted:
+        until = time.monotonic() + TIMEOUT_SECONDS
+        while wanted:
             futures = self._client.list_offsets(wanted, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=TIMEOUT_SECONDS)
             for tp, future in futures.items():
-                with mapped():
+                try:
                     out[tp.topic][tp.partition] = future.result().offset
+                except KafkaException as error:
+                    if error.args[0].code() not in _UNSETTLED or time.monotonic() > until:
+                        raise translate(error.args[0]) from None
+            wanted = {tp: spec for tp, spec in wanted.items() if tp.partition not in out[tp.topic]}
+            if wanted:
+                time.sleep(0.02)
         return out
 
     def create(self, topic: str, partitions: int, config: Mapping[str, str]) -> bool:

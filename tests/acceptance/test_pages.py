@@ -22,6 +22,14 @@ async def test_the_library_in_five_minutes(application: Path, library: Library, 
     await run((DOCS / "library.md").read_text(), application, {"library": library})
 
 
+@pytest.mark.usefixtures("library")
+async def test_the_readmes_library_in_a_minute(application: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(application.parents[1])
+    section = (DOCS.parent / "README.md").read_text().partition("## From Python\n")[2].partition("\n## ")[0]
+    await run(section, application, {})
+    assert capfd.readouterr().out == "1 {'email': 'jane@example.org'}\n"
+
+
 @pytest.mark.parametrize("page", ["troubleshooting", "policies", "security"])
 async def test_what_other_pages_show_works_too(application: Path, library: Library, page: str) -> None:
     text = (DOCS / f"{page}.md").read_text()
