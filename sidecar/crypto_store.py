@@ -251,7 +251,7 @@ class CryptoEventStore:
         return head
 
     async def _seal(self, held: Held, stream: str, events: Sequence[NewEvent], head: int) -> list[NewEvent]:
-        of_stream, now = stream_aad(held.tenant.id.encode(), stream.encode()), datetime.now(UTC)
+        of_stream, now = _of_stream(held.tenant.id, stream), datetime.now(UTC)
         encoded = [encode(event.data) for event in events]
         persons = _persons(held, events, [value for value, _ in encoded])
         fields = held.stream.fields
@@ -272,14 +272,16 @@ class CryptoEventStore:
                 bind = partial(_aad, *place)
                 stored, envelope = seal_document(document, attributes, key.prefix, bind, partial(self._crypto.seal, key.cipher))
                 aad = bind(digest_lp(stored), key.prefix)
-            enc = _enc(key.suite, key.key_id, key.version, envelope, aad) | ({"tombstone": True} if value is None else {})
-            out.append(replace(event, id=message_id, occurred_at=at, subject=None, **self._body(enc, envelope, stored)))
+            body = self._body(envelope, stored, aad, {"tombstone": True} if value is None else {})
+            out.append(NewEvent(type=event.type, id=message_id, schema_version=event.schema_version, occurred_at=at, **body))
         return out
 
-    def _body(self, enc: dict[str, Any], envelope: bytes, stored: bytes | None) -> dict[str, Any]:
-        """What the base keeps of a sealed event; one that knows no envelopes has the one of a document in the metadata, else as the data."""
+    def _body(self, envelope: bytes, stored: bytes | None, aad: bytes, told: dict[str, Any]) -> dict[str, Any]:
+        """What the base keeps of a sealed event. The Postgres store keeps the envelope as it is, and what `enc` says is read off it again;
+        one that knows no envelopes has the one of a document in the metadata, else as the data."""
         if self._postgres is not None:
-            return {"data": stored, "sealed": envelope, "metadata": {"enc": enc}}
+            return {"data": stored, "sealed": envelope, "metadata": {"enc": told}}
+        enc = _enc(envelope, aad) | told
         if stored is None:
             return {"data": to_text(envelope), "metadata": {"enc": enc}}
         return {"data": stored, "metadata": {"enc": enc | {"document": to_text(envelope)}}}
@@ -366,13 +368,11 @@ class CryptoEventStore:
         try:
             header = parse_header(envelope) if (known := _header(envelope[:PREFIX_BYTES])) is None else known
             extra = self._extra(event.tenant, event.stream, event.stream_class, event.type)
-            of_stream = stream_aad(event.tenant.encode(), event.stream.encode())
             stored = event.value if event.sealed is not None or "document" in event.metadata["enc"] else None
-            place = (of_stream, event.position, event.message_id, event.type, event.schema_version, extra)
+            place = (_of_stream(event.tenant, event.stream), event.position, event.message_id, event.type, event.schema_version, extra)
             prefix, cipher = envelope[:PREFIX_BYTES], ciphers.get(event.tenant, header)
             aad = _aad(*place, digest_lp(stored), prefix)
-            enc = _enc(header.suite, header.key_id, header.key_version, envelope, aad)
-            read = opened(event, self._crypto.open(cipher, envelope, aad), {"enc": enc})
+            read = opened(event, self._crypto.open(cipher, envelope, aad), {"enc": _enc(envelope, aad)})
             if stored is None:
                 return read
             return with_document(read, stored, prefix, partial(_aad, *place), partial(self._crypto.open, cipher))
@@ -421,9 +421,20 @@ def _aad(
     return event_aad(of_stream, position, u32(len(id_raw)) + id_raw, u32(len(type_raw)) + type_raw, schema_version, field_lp, prefix) + extra
 
 
-def _enc(suite: Suite, key_id: UUID, version: int, envelope: bytes, aad: bytes) -> dict[str, Any]:
+@lru_cache(4096)
+def _of_stream(tenant: str, stream: str) -> bytes:
+    return stream_aad(tenant.encode(), stream.encode())
+
+
+def _enc(envelope: bytes, aad: bytes) -> dict[str, Any]:
     """The plan's metadata. The hash is for audits; what binds is the tag."""
-    return {"algo": suite.label, "keyId": str(key_id), "keyVersion": version, "iv": nonce_of(envelope).hex(), "aadHash": sha256(aad).hexdigest()}
+    return _enc_of_key(envelope[:PREFIX_BYTES]) | {"iv": nonce_of(envelope).hex(), "aadHash": sha256(aad).hexdigest()}
+
+
+@lru_cache(4096)
+def _enc_of_key(prefix: bytes) -> dict[str, Any]:
+    header = parse_header(prefix + bytes(28))
+    return {"algo": header.suite.label, "keyId": str(header.key_id), "keyVersion": header.key_version}
 
 
 @lru_cache(4096)

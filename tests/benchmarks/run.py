@@ -19,7 +19,7 @@ from typing import Any
 import uvloop
 
 from sidecar.testing import local_stack
-from tests.benchmarks import audit, beside, commands, epochs, reencryption, throughput
+from tests.benchmarks import audit, beside, commands, epochs, library, reencryption, throughput
 
 BOUNDS = {
     "encrypted / plain": ">= 0.90",
@@ -38,6 +38,12 @@ BOUNDS = {
     "shred, one instance killed ms": "< 5000",
     "beside a control plane / alone": ">= 0.98",
     "memory after a million streams MB": "< 250",
+    "append loss, 1 event per commit, 1 writer %": "< 5",
+    "append loss, 1 event per commit, 8 writers %": "< 5",
+    "append loss, 100 events per commit %": "< 10",
+    "append loss, plain class %": "< 2",
+    "read of 1,000 events, added µs per event": "<= 10",
+    "SQL statements more per append of 100": "<= 1",
     "verify of 1,000,000 audit rows s": "< 30",
     "re-encryption, one worker, events/s": ">= 10000",
     "epoch roll of 10,000 tenants on SoftHSM s": "< 10",
@@ -55,7 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--audit-rows", type=int, default=1_000_000)
     parser.add_argument("--tenants", type=int, default=10_000, help="whose keys a new seal epoch takes over")
     parser.add_argument("--resealed", type=int, default=40_000, help="events that workers seal anew")
-    parser.add_argument("--only", default="throughput,streams,commands,beside,memory,audit,epochs,reencryption")
+    parser.add_argument("--only", default="throughput,streams,commands,beside,library,memory,audit,epochs,reencryption")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -72,6 +78,8 @@ async def measure(options: argparse.Namespace, stack: local_stack.LocalStack) ->
         figures |= await commands.latencies(bench, options.shreds, [int(size) for size in options.large.split(",")], options.rounds)
     if "beside" in only:
         figures |= await beside.ratio(bench, options.events, options.rounds)
+    if "library" in only:
+        figures |= await library.figures(bench, options.rounds)
     if "audit" in only:
         figures |= await audit.verify_seconds(bench, options.audit_rows)
     if "epochs" in only:
