@@ -17,7 +17,6 @@ from functools import lru_cache, partial
 from hashlib import sha256
 from typing import Any, Final, Protocol, TypeVar, cast
 from uuid import UUID, uuid4
-from weakref import WeakValueDictionary
 
 from sidecar.core.aead import Cipher, Suite, lp, u32
 from sidecar.core.envelope import (
@@ -57,6 +56,7 @@ from sidecar.postgres.event_store import PostgresEventStore, aggregate
 
 State = TypeVar("State")
 ATTEMPTS: Final = 50
+TURNS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +137,8 @@ class CryptoEventStore:
     def __init__(self, base: EventStore, keys: KeyManagementService, classify: Classify, crypto: CryptoProvider, build_aad: BuildAad | None) -> None:
         self.base, self._keys, self._classify, self._crypto, self._build_aad = base, keys, classify, crypto, build_aad
         self._postgres = base if isinstance(base, PostgresEventStore) else None
-        self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
-        """Appends to one stream take turns in this process: each would void the next one's sealing."""
+        self._turns = [asyncio.Lock() for _ in range(TURNS)]
+        """Appends to one stream take turns in this process: each would void the next one's sealing. Two streams rarely share a lock."""
 
     def session(self) -> AbstractAsyncContextManager[Any]:
         return self.base.session()
@@ -167,7 +167,7 @@ class CryptoEventStore:
         named = stream_class or self._classify(stream, events[0].type)
         if session is not None:  # it may hold the stream's row already, so it waits for nobody here
             return await self._attempts(stream, events, tenant, named, expected_version, session, encryption)
-        async with self._turns.setdefault((tenant, stream), asyncio.Lock()):
+        async with self._turns[hash((tenant, stream)) % TURNS]:
             return await self._attempts(stream, events, tenant, named, expected_version, None, encryption)
 
     async def _attempts(
@@ -189,7 +189,7 @@ class CryptoEventStore:
                 self._keys.forget(tenant)
             except AuthenticationFailed:  # plaintext, and somebody has encrypted the stream since it was loaded
                 self._keys.forget_stream(tenant, stream)
-                if held.as_of.epoch is not None or attempt == ATTEMPTS - 1:
+                if not held.is_plain or attempt == ATTEMPTS - 1:
                     raise
             except WrongVersion:
                 self._keys.forget_stream(tenant, stream)
@@ -215,7 +215,7 @@ class CryptoEventStore:
     async def _append(
         self, held: Held, stream: str, events: Sequence[NewEvent], tenant: str, named: str, expected: ExpectedVersion, session: Any
     ) -> Appended:
-        if held.as_of.epoch is None:
+        if held.is_plain:
             if self._postgres is None:
                 async with self._keys.verified(tenant, held.as_of):
                     return await self.base.append_to_stream(
@@ -359,18 +359,21 @@ class CryptoEventStore:
             epoch, ciphers = await self._keys.opening(tenant, cast(Any, headers))
             async with self._keys.guard(tenant) as now:
                 if now == epoch:
-                    return [self._open(event, envelope, ciphers) for event, envelope in zip(events, envelopes, strict=True)]
+                    known: dict[bytes, Cipher] = {}
+                    return [self._open(event, envelope, ciphers, known) for event, envelope in zip(events, envelopes, strict=True)]
             self._keys.forget(tenant)
 
-    def _open(self, event: Event, envelope: bytes | RecordError, ciphers: Any) -> Event | Erased | RecordError:
+    def _open(self, event: Event, envelope: bytes | RecordError, ciphers: Any, known: dict[bytes, Cipher]) -> Event | Erased | RecordError:
+        """`known`: clear prefix → cipher, of this read: a stream's events share it."""
         if isinstance(envelope, RecordError):
             return envelope
         try:
-            header = parse_header(envelope) if (known := _header(envelope[:PREFIX_BYTES])) is None else known
+            prefix = envelope[:PREFIX_BYTES]
+            if (cipher := known.get(prefix)) is None:
+                cipher = known[prefix] = ciphers.get(event.tenant, _header(prefix) or parse_header(envelope))
             extra = self._extra(event.tenant, event.stream, event.stream_class, event.type)
             stored = event.value if event.sealed is not None or "document" in event.metadata["enc"] else None
             place = (_of_stream(event.tenant, event.stream), event.position, event.message_id, event.type, event.schema_version, extra)
-            prefix, cipher = envelope[:PREFIX_BYTES], ciphers.get(event.tenant, header)
             aad = _aad(*place, digest_lp(stored), prefix)
             read = opened(event, self._crypto.open(cipher, envelope, aad), {"enc": _enc(envelope, aad)})
             if stored is None:
@@ -394,7 +397,7 @@ def _persons(held: Held, events: Sequence[NewEvent], values: Sequence[bytes | No
 def _check_override(encryption: EncryptionConfig | None, held: Held) -> None:
     """An override may ask for more than policy does, never for less."""
     key = held.stream.key
-    if encryption is not None and held.as_of.epoch is not None:
+    if encryption is not None and not held.is_plain:
         if not encryption.encrypt_stream:
             raise AccessDenied("this stream is encrypted; an append cannot leave it plain")
         if encryption.key_id not in (None, key and key.key_id):

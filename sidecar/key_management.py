@@ -27,8 +27,8 @@ from sidecar.ledger import LedgerGate
 from sidecar.ports import Clock
 from sidecar.postgres import audit, guard, holds, shreds
 from sidecar.postgres import fresh as fresh_rows
-from sidecar.postgres.connection import Pool, transaction
-from sidecar.postgres.errors import Moved, mapped
+from sidecar.postgres.connection import Connection, Pool, transaction
+from sidecar.postgres.errors import Moved
 from sidecar.postgres.event_store import SealedFor
 from sidecar.postgres.keystore import KeyStore
 from sidecar.sending import Receipt, Send, shred
@@ -45,6 +45,10 @@ class Held:
     tenant: Tenant
     stream: Stream
     as_of: SealedFor
+
+    @property
+    def is_plain(self) -> bool:
+        return not (self.stream.key or self.stream.by_subject)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,12 +111,10 @@ class KeyManagementService:
         self._opening.clear()
         self._policies = None
 
-    async def _check_ledger(self) -> None:
+    async def _check_ledger(self, connection: Connection) -> None:
         """Nothing is sealed or opened from a database that lacks what the ledger has. Raises LedgerBehind; remembers for a while that all is well."""
         if self._ledger is not None:
-            with mapped():
-                async with self._pool.acquire() as connection:
-                    await self._ledger.check(connection)  # type: ignore[arg-type]
+            await self._ledger.check(connection)
 
     def forget_stream(self, tenant: str, stream: str) -> None:
         """Its head or its class is not what it was."""
@@ -146,7 +148,7 @@ class KeyManagementService:
             raise RecordRefused(tenant.refusal or stream.refusal or "")
         if not (stream.key or stream.by_subject) and isinstance(wanted or policies.decide(tenant.id, stream.stream_class), Encrypt):
             raise KeyUnavailable("a stream that policy encrypts has no key")  # never plaintext instead
-        return Held(tenant, stream, SealedFor(epoch=tenant.epoch if stream.key or stream.by_subject else None, policy_version=policies.version))
+        return Held(tenant, stream, SealedFor(epoch=tenant.epoch, policy_version=policies.version))
 
     async def hold(self, tenant: str, stream: str, stream_class: str, wanted: Encrypt | None = None, *, text: bool = False) -> Held:
         """What an append needs; makes and records keys that are missing. One at a time: two callers must not make the same key."""
@@ -240,7 +242,8 @@ class KeyManagementService:
         return key
 
     async def _load(self, name: str, stream: str, stream_class: str, wanted: Encrypt | None, text: bool) -> Held:
-        await self._check_ledger()
+        async with transaction(self._pool) as connection:
+            await self._check_ledger(connection)
         policies, raw = await self.policies(), tenant_id(name).encode()
         fresh = Fresh()
         if warm := raw in self._streams.tenants:
@@ -289,8 +292,9 @@ class KeyManagementService:
 
     @asynccontextmanager
     async def guard(self, tenant: str) -> AsyncIterator[int | None]:
-        """The tenant's guard, shared, for the length of a block: gives its epoch as it stands, None for a tenant that is not known."""
+        """The tenant's guard, shared, for the length of a block: gives its epoch as it stands, None for a tenant that is not known. Raises LedgerBehind."""
         async with transaction(self._pool) as connection:
+            await self._check_ledger(connection)
             yield await connection.fetchval("SELECT epoch FROM guarded($1, $2)", guard_stripe(tenant), tenant)
 
     @asynccontextmanager
@@ -301,7 +305,7 @@ class KeyManagementService:
         """
         async with transaction(self._pool) as connection:
             now = await connection.fetchrow("SELECT epoch, policies FROM guarded($1, $2)", guard_stripe(tenant), tenant)
-            if now is None or as_of.epoch not in (None, now["epoch"]) or now["policies"] != as_of.policy_version:
+            if now is None or (now["epoch"], now["policies"]) != (as_of.epoch, as_of.policy_version):
                 raise Moved
             if unmarked := {key for key in keys if key not in self._marked}:
                 marked = await connection.execute(
@@ -318,7 +322,6 @@ class KeyManagementService:
 
     async def opening(self, tenant: str, headers: Sequence[Header]) -> tuple[int | None, Ciphers]:
         """Ciphers for what stands in those headers, and the epoch that they are as of: verify it under `guard` before the first use."""
-        await self._check_ledger()
         known = self._opening.get(tenant)
         if known is None:
             found = await self._store.fetch("SELECT epoch FROM tenants WHERE tenant_id = $1", tenant)

@@ -102,7 +102,7 @@ class Reencryption:
             held = self._keys.in_hand(chunk.tenant, stream) or await self._keys.hold(chunk.tenant, stream, stream_class)
         except RecordRefused:
             return await self._leave(chunk, stream, before)
-        if held.as_of.epoch is None:
+        if held.is_plain:
             return None  # plain, and to stay so
         rows = await self._rows(chunk, held.stream, before)
         if not rows:

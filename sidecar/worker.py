@@ -38,11 +38,12 @@ class Worker:
         async with connected(dsn) as connection:
             await migrations.check_or_migrate(connection, may_migrate=settings.profile == "development")
         await asyncio.to_thread(admin.create, settings.jobs.topic, settings.jobs.partitions, jobs.CONFIG)
-        pool = await open_pool(dsn, application_name=f"sidecar worker {self._name}", max_size=4)
+        ledger = LedgerGate(LedgerTopic(settings, admin), settings.deployment)
+        pool = await open_pool(dsn, application_name=f"sidecar worker {self._name}", max_size=4, check=ledger.check)
         self._open.push_async_callback(pool.close)
         keys = KeyManagementService(
             pool, KeyManagement(kms, dedicated=settings.kms.dedicated), clock=SystemClock(), writer=f"worker-{self._name}",
-            unmatched=settings.policies.unmatched, limits=settings.limits.uses, ledger=LedgerGate(LedgerTopic(settings, admin), settings.deployment),
+            unmatched=settings.policies.unmatched, limits=settings.limits.uses, ledger=ledger,
         )  # fmt: skip
         self._work = Reencryption(pool, keys, worker=self._name, rows_per_second=settings.jobs.max_rows_per_second)
 

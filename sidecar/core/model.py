@@ -120,7 +120,7 @@ class KeyRef:
     version: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class Event:
     """A stored event, opened: `value` is the application's bytes, None for a tombstone; `data` is what they say."""
 

@@ -69,10 +69,10 @@ class Session:
 class SealedFor:
     """As of what the events of an append were sealed: checked in its transaction, under the guard. Moved is raised if it no longer holds.
 
-    `epoch` is the tenant's; None for events that policy leaves plain.
+    `epoch` is the tenant's.
     """
 
-    epoch: int | None
+    epoch: int
     policy_version: int
 
 
