@@ -363,12 +363,12 @@ def find_config(path: Path | None) -> Path:
     return path or Path(os.environ.get(CONFIG_ENV, "sidecar.yaml"))
 
 
-def load(path: Path | None = None, *, flags: dict[str, Any] | None = None) -> Settings:
+def load(path: Path | str | None = None, *, flags: dict[str, Any] | None = None) -> Settings:
     """Read `path`, else $SIDECAR_CONFIG, else ./sidecar.yaml; merge with the environment and `flags`; check. Paths in it are relative to the file.
 
     Raises ConfigurationError: what, where, how to mend.
     """
-    file = find_config(path)
+    file = find_config(Path(path) if path else None)
     try:
         document = yaml.safe_load(file.read_text()) or {}
     except FileNotFoundError:

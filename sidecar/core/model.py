@@ -122,7 +122,7 @@ class KeyRef:
 
 @dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class Event:
-    """A stored event, opened: `value` is the application's bytes, None for a tombstone; `data` is what they say."""
+    """A stored event, opened: `value` is the application's bytes, None for a tombstone; `data` is what they say. Its repr shows none of it."""
 
     tenant: str
     stream: str
@@ -130,16 +130,16 @@ class Event:
     message_id: str
     type: str
     stream_class: str
-    value: bytes | None
-    key: bytes | None
+    value: bytes | None = field(repr=False)
+    key: bytes | None = field(repr=False)
     timestamp_ms: int
-    headers: Headers
+    headers: Headers = field(repr=False)
     source: tuple[str, int, int] | None
     schema_version: int = 1
     occurred_at: datetime | None = None
     subject: str | None = None
     """Whose key it is sealed under, where that is a person's."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """What an application gave along; `enc` says how the event is stored, where it is encrypted."""
     content: str | None = None
     """`json` or `bytes` of events that a library appended; None: from Kafka, nobody said."""

@@ -41,8 +41,8 @@ class NewEvent:
     """
 
     type: str
-    data: Any = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    data: Any = field(default=None, repr=False)
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
     id: str | None = None
     schema_version: int = 1
     occurred_at: datetime | None = None

@@ -101,10 +101,18 @@ def fields(node: ast.ClassDef) -> Iterator[str]:
         below = node.body[at + 1] if at + 1 < len(node.body) else None
         said = f": {_text(below.value.value)}" if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else ""
         if isinstance(made, ast.AnnAssign) and isinstance(made.target, ast.Name) and not made.target.id.startswith("_"):
-            default = f" = {ast.unparse(made.value)}" if made.value else ""
-            yield f"- `{made.target.id}: {ast.unparse(made.annotation)}{default}`{said}"
+            yield f"- `{made.target.id}: {ast.unparse(made.annotation)}{_default(made.value)}`{said}"
         elif isinstance(made, ast.Assign) and node.bases and "Enum" in ast.unparse(node.bases[0]):
             yield f"- `{ast.unparse(made)}`"
+
+
+def _default(value: ast.expr | None) -> str:
+    if isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "Field"):
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in value.keywords}
+        made = given.get("default") or (f"{given['default_factory']}()" if "default_factory" in given else "")
+    else:
+        made = ast.unparse(value) if value else ""
+    return f" = {made}" if made else ""
 
 
 def _text(said: object) -> str:

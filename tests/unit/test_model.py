@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.core.errors import MalformedRecord
-from sidecar.core.model import Scope, ScopeKind, identifier, tenant_id
+from sidecar.core.model import Event, Scope, ScopeKind, identifier, tenant_id
+from sidecar.core.store import NewEvent
 from tests.unit.samples import identifiers, tenants
 
 BAD_TENANTS = ["", ".", "-a", "_a", "../", "a/b", "a\0", "a\n", "a b", "a" * 101, "a" * 10_000, "ａｃｍｅ", "acmé", "a%", "а", "a\u0661", " acme"]
@@ -80,3 +81,13 @@ def test_scope_as_json_names_no_id_for_a_tenant() -> None:
 def test_scope_kind_comes_back_from_its_code(kind: ScopeKind) -> None:
     assert ScopeKind.from_code(kind.code) is kind
     assert ScopeKind.from_code(kind.code | 0b1100) is kind
+
+
+def test_what_an_event_holds_is_not_in_its_repr() -> None:
+    new = NewEvent(type="T", data={"email": "jane@example.org"}, metadata={"by": "jane"})
+    event = Event(
+        tenant="acme", stream="s", position=1, message_id="m", type="T", stream_class="C", value=b"jane", key=b"jane", timestamp_ms=0,
+        headers=[("by", b"jane")], source=None, metadata={"by": "jane"},
+    )  # fmt: skip
+    assert "jane" not in f"{new!r} {event!r}"
+    assert "position=1" in repr(event)
