@@ -121,6 +121,58 @@ def test_control_a_process_that_does_not_hear_of_the_shred_has_the_keys_still(wo
     assert found_in(running.process.pid, keys)
 
 
+LIBRARY = """
+import asyncio, sys
+from pathlib import Path
+from sidecar import NewEvent, library, open_library
+from sidecar.settings import load
+
+async def deaf(*_):
+    await asyncio.Event().wait()
+
+async def main(_, config, role):
+    if role == "deaf":
+        library._forget_what_changed = deaf
+    async with open_library(load(Path(config)), writer=role) as opened:
+        for tenant in ("acme", "globex"):
+            for stream in ("aes-1", "aes-2"):
+                if role != "reader":
+                    await opened.store.append_to_stream(stream, [NewEvent(type="T", data=n) for n in range(20)], tenant=tenant)
+                read = await opened.store.read_stream(stream, tenant=tenant)
+                assert [event.data for event in read.events] == [*range(20)]
+        del read
+        print("ready", flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="reading another process's memory takes root")
+def test_no_copy_of_a_shredded_tenants_keys_is_left_in_an_application_that_uses_the_library(world: World) -> None:
+    """Two of them: one made the keys, one has only read. Neither asks for the tenant again."""
+    world.control()
+    pids = {role: world.start(role, code=LIBRARY).wait_ready().process.pid for role in ("writer", "reader")}
+    keys, others = keys_of(world, "acme"), keys_of(world, "globex")
+    before = {role: found_in(pid, keys) for role, pid in pids.items()}
+    assert "kek 1" in before["writer"]
+    for found in before.values():
+        assert {name for name in found if name.startswith("suite")}
+    assert world.carry_out("shred", Scope.of_tenant("acme"))["status"] == "inaccessible"
+    for pid in pids.values():
+        until(lambda pid=pid: not found_in(pid, keys), "the application to have no copy of the keys")  # type: ignore[misc]
+        assert found_in(pid, others)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="reading another process's memory takes root")
+def test_control_an_application_that_does_not_hear_of_the_shred_has_the_keys_still(world: World) -> None:
+    world.control()
+    pid = world.start("deaf", code=LIBRARY).wait_ready().process.pid
+    keys = keys_of(world, "acme")
+    assert world.carry_out("shred", Scope.of_tenant("acme"))["status"] == "inaccessible"
+    assert found_in(pid, keys)
+
+
 # ── what is printed, pickled, copied ────────────────────────────────────────────────────────────────────────────────────
 
 
