@@ -115,6 +115,8 @@ CREATE UNIQUE INDEX one_active_key ON encryption_keys (tenant_id, scope_kind, sc
 ALTER TABLE encryption_keys ADD COLUMN used_outside BOOLEAN NOT NULL DEFAULT false;   -- the library sealed with it what stands in another store: no clean-up
 CREATE INDEX stream_key_history_key ON stream_key_history (tenant_id, key_id);   -- which streams hold events of a key: a person's, a shared one's
 
+CREATE INDEX encryption_keys_retired ON encryption_keys (tenant_id, key_id, key_version) WHERE NOT is_active AND NOT is_destroyed;   -- what a clean-up looks at
+
 -- ── evidence ────────────────────────────────────────────────────────────────────────────────────────────────────────
 CREATE TABLE certificates (
   certificate_id UUID PRIMARY KEY, command_id UUID NOT NULL, status TEXT NOT NULL, envelope BYTEA NOT NULL, salt BYTEA NOT NULL,

@@ -9,4 +9,5 @@ CREATE TABLE jobs (                              -- chunks of re-encryptions: on
   created_at TIMESTAMPTZ NOT NULL DEFAULT now(), published_at TIMESTAMPTZ, done_at TIMESTAMPTZ,
   PRIMARY KEY (command_id, chunk)
 );
+CREATE INDEX commands_reencrypting ON commands (received_at) WHERE op = 'reencrypt' AND step = 'done' AND status = 'accepted';   -- whose chunks are watched
 CREATE INDEX jobs_pending ON jobs (published_at) WHERE state = 'pending';

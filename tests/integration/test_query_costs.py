@@ -1,0 +1,138 @@
+"""What is asked often, or of large tables, costs the same however much is stored: counted in pages that Postgres touches, not in time."""
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import orjson
+import pytest
+
+from sidecar.core.model import Scope, ScopeKind
+from sidecar.core.store import Expected, NewEvent
+from sidecar.postgres import checkpoints, commands, event_store, evidence, jobs, keystore, ledger, migrations, residue, shreds, unused_keys
+from sidecar.postgres.connection import Connection, connect
+
+MANY = 20_000
+PAGES = 150
+"""A look at a whole table of MANY rows touches more; an index takes a few per row that is asked for."""
+NOW = datetime.now(UTC)
+ACME = "acme"
+
+# A tenant with MANY streams, each with an event and a live key, every second one erased, some with an old key; a long past of commands.
+_FILL = f"""
+INSERT INTO tenants (tenant_id) SELECT 'acme' UNION ALL SELECT 't' || n FROM generate_series(1, {MANY}) n;
+INSERT INTO streams (tenant_id, stream_id, position, stream_type_class, is_encrypted, encrypted_from_position)
+  SELECT 'acme', 's' || n, 1, 'C' || n % 10, true, 1 FROM generate_series(1, {MANY}) n;
+INSERT INTO messages (tenant_id, stream_id, stream_position, message_id, message_type, data_encrypted)
+  SELECT 'acme', 's' || n, 1, 'm', 'T', decode(repeat('00', 100), 'hex') FROM generate_series(1, {MANY}) n;
+INSERT INTO encryption_keys (tenant_id, key_id, key_version, scope_kind, scope_id, generation, kek_version, key_material, commitment, is_active, retired_at)
+  SELECT 'acme', ('00000000-0000-0000-0000-' || lpad(n::text, 12, '0'))::uuid, v, 'stream', 's' || n, 1, 1, '\\x00', '\\x00', v = 2,
+    CASE WHEN v = 1 AND n % 1000 = 0 THEN now() - interval '1 year' END
+  FROM generate_series(1, {MANY}) n, generate_series(1, 2) v WHERE v = 2 OR n % 1000 = 0;
+INSERT INTO stream_key_history (tenant_id, stream_id, key_id, key_version, used_from_position)
+  SELECT tenant_id, scope_id, key_id, key_version, 1 FROM encryption_keys WHERE is_active;
+INSERT INTO erased_scopes (tenant_id, scope_kind, scope_id, command_id, fingerprints)
+  SELECT 'acme', 'stream', 's' || n, gen_random_uuid(), ARRAY[]::bytea[] FROM generate_series(1, {MANY}, 2) n;
+INSERT INTO commands (command_id, op, tenant_id, payload, payload_sha256, status, finished_at)
+  SELECT gen_random_uuid(), 'shred', 't' || n, '', '', 'complete', now() FROM generate_series(1, {MANY}) n;
+INSERT INTO residue (command_id, kind, place, state) SELECT command_id, 'view', 'v', 'done' FROM commands;
+INSERT INTO receipts (receipt_id, command_id, status, body, published_at) SELECT gen_random_uuid(), command_id, s, '{{}}', now() FROM commands, unnest(ARRAY['accepted', 'complete']) s;
+INSERT INTO certificates (certificate_id, command_id, status, envelope, salt) SELECT gen_random_uuid(), command_id, 'complete', '', '' FROM commands;
+INSERT INTO ledger (entry_id, command_id, tenant_ref, envelope, published_at) SELECT gen_random_uuid(), command_id, tenant_ref(tenant_id), '', now() FROM commands;
+INSERT INTO erased_refs (ref, tenant_ref, scope_kind, command_id, erased_at) SELECT scope_ref('x', 'stream', tenant_id), tenant_ref(tenant_id), 'stream', command_id, now() FROM commands;
+INSERT INTO jobs (command_id, chunk, tenant_id, streams, plain, state, published_at) SELECT command_id, 0, tenant_id, '{{}}', false, 'done', now() FROM commands;
+INSERT INTO streams (tenant_id, stream_id, stream_type_class, is_encrypted) VALUES ('acme', 'plain', 'Plain', false);
+INSERT INTO consumer_checkpoints (consumer, transaction_id, global_position) SELECT 'c', max(transaction_id::text::bigint)::text::xid8, 100 FROM messages;
+ANALYZE;
+"""
+
+
+class Counting:
+    """A connection whose statements are explained before they are carried out; `pages`: the dearest of them."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self.pages = connection, 0
+
+    async def _explained(self, sql: str, *arguments: Any) -> None:
+        async with self._connection.transaction():
+            [found] = orjson.loads(await self._connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", *arguments))
+        self.pages = max(self.pages, found["Plan"]["Shared Hit Blocks"] + found["Plan"]["Shared Read Blocks"])
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("fetch", "fetchrow", "fetchval"):
+            return getattr(self._connection, name)
+
+        async def call(sql: str, *arguments: Any) -> Any:
+            await self._explained(sql, *arguments)
+            return await getattr(self._connection, name)(sql, *arguments)
+
+        return call
+
+
+@pytest.fixture
+async def connection(database: str) -> AsyncIterator[Connection]:
+    opened = await connect(database)
+    await migrations.migrate(opened)
+    await opened.execute(_FILL)
+    yield opened
+    await opened.close()
+
+
+def stream_of(number: int) -> Scope:
+    return Scope(tenant=ACME, kind=ScopeKind.STREAM, id=f"s{number}")
+
+
+async def ask(c: Any) -> AsyncIterator[tuple[str, Any]]:
+    """Name → a query, as the code asks it."""
+    somebody, past = uuid4(), NOW - timedelta(days=30)
+    new, known = (event_store._arguments(stream, [NewEvent(type="T", data=1)], ACME, None, Expected.ANY, None) for stream in ("new", "plain"))
+    yield "residue: due", residue.due(c, NOW)
+    yield "residue: of a command", residue.of_command(c, somebody)
+    yield "residue: streams of a view by stream", residue.sealed_streams(c, stream_of(7), "", 5000)
+    yield "residue: events of a stream", residue.sealed_events(c, stream_of(7), ("", 0), 5000)
+    yield "residue: from where streams are encrypted", residue.encrypted_from(c, ACME, ["s1", "s2"])
+    yield "commands: waiting", commands.tenants_waiting(c)
+    yield "commands: next", commands.next_job(c, ACME)
+    yield "receipts: unpublished", commands.unpublished(c)
+    yield "certificates: due", evidence.due(c, datetime.now(UTC))
+    yield "certificates: newest receipt", evidence.newest_receipt(c)
+    yield "ledger: unpublished", ledger.unpublished(c)
+    yield "ledger: knows", ledger.knows(c, somebody)
+    yield "jobs: all done", jobs.all_done(c)
+    yield "jobs: unpublished", jobs.unpublished(c, past)
+    yield "clean-up: candidates", unused_keys.candidates(c, ACME, past, (UUID(int=0), 0), 10)
+    yield "shred: who shares a stream's key", shreds.refuse_shared(c, stream_of(7))
+    yield "consumer: listen", checkpoints.listen(c, "c")
+    yield "consumer: a page", c.fetch(event_store._ALL, "0", 0, None, None, 20)
+    yield "consumer: nothing new", c.fetch(event_store._ALL, str(2**40), 0, None, None, 500)
+    yield "batch: tenants", c.fetch(keystore._TENANTS, [ACME])
+    yield "batch: streams", c.fetch(keystore._STREAMS, [ACME, ACME], ["s1", "another"])
+    yield "batch: newest keys", c.fetch(keystore._NEWEST_KEYS, [ACME], ["stream"], ["s8"])
+    yield "batch: persons", c.fetch(keystore._SUBJECTS, [ACME], ["subject"], ["jane"])
+    yield "batch: keys", c.fetch(keystore._KEYS, [ACME], [UUID(int=7)], [2])
+    yield "append: a new stream", c.fetch(event_store._APPEND, *new)
+    yield "append: a known stream", c.fetch(event_store._APPEND, *known)
+
+
+async def dear(connection: Connection) -> dict[str, int]:
+    """The queries of which one statement touches more than PAGES, each asked once before: a plan is made from catalogues that are read then."""
+    out, counting = {}, Counting(connection)
+    for _ in range(2):
+        async for name, query in ask(counting):
+            counting.pages = 0
+            async with connection.transaction():
+                await query
+            out[name] = counting.pages
+    return {name: pages for name, pages in out.items() if pages > PAGES}
+
+
+async def test_what_is_asked_often_costs_the_same_however_much_is_stored(connection: Connection) -> None:
+    assert await dear(connection) == {}
+
+
+async def test_control_without_its_index_a_query_is_found_dear(connection: Connection) -> None:
+    await connection.execute(
+        "DROP INDEX residue_pending; DROP INDEX encryption_keys_retired; DROP INDEX messages_global; DROP INDEX receipts_of_shreds"
+    )
+    assert {"residue: due", "clean-up: candidates", "consumer: nothing new", "certificates: due"} <= set(await dear(connection))
