@@ -4,11 +4,13 @@ The command's step ends when the chunks are on record, so a shred of the tenant 
 """
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 from typing import Final
 
 import orjson
 
+from sidecar.core.audit import scope_ref
 from sidecar.core.command import Command, stored
 from sidecar.core.errors import CommandRejected
 from sidecar.core.model import ScopeKind
@@ -38,12 +40,15 @@ class Jobs:
             tenant = await shreds.lock_tenant(connection, scope.tenant)
             if tenant.state != "active":
                 raise CommandRejected("tenant_shredded", f"the tenant is {tenant.state}")
+            if command.into and not await jobs.is_copy(connection, scope.tenant, scope.id, command.into):
+                raise CommandRejected("stream_exists", "the stream to copy into has events that are not the other one's")
             split = 0
             if command.split:
                 split = await jobs.split_off(connection, scope)
                 await shreds.next_epoch(connection, scope.tenant, shredding=False)
-            chunks = await jobs.plan(connection, job.command_id, scope, plain=command.plain)
-            facts = await self._steps.audited(connection, command, "events.reencrypt", chunks=chunks, split=split, plain=command.plain)
+            chunks = await jobs.plan(connection, job.command_id, scope, plain=command.plain, into=command.into)
+            into = scope_ref(replace(scope, id=command.into)).hex() if command.into else None
+            facts = await self._steps.audited(connection, command, "events.reencrypt", chunks=chunks, split=split, plain=command.plain, into=into)
             planned = await commands.advance(connection, job, FINISHED, facts | {"chunks": chunks, "split": split}, finished=True)
         self._steps.settled(scope.tenant)
         return planned

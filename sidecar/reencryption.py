@@ -4,6 +4,8 @@ Each step is one transaction, of at most ROWS events: guard, epoch and policy as
 is still as it was read, open again what was written, history. It may be killed anywhere; what is sealed already is not looked at twice.
 A shred that came first has moved the epoch, so nothing of its scope is opened or sealed after it.
 
+A copy into a new stream is made the same way, by the append that applications use: the same positions and ids, the other stream as it was.
+
 Where policy seals by person, each event goes under its person's key: the person that it carries, or whom the policy's extractor names. What names
 nobody, and what is of somebody who was erased, stays as it is and is counted.
 """
@@ -12,6 +14,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import cache, partial
+from itertools import takewhile
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -55,7 +58,7 @@ class Reencryption:
             classes = await jobs.classes(connection, chunk.tenant, chunk.streams)
         self._erased.clear()
         self._keys.forget(chunk.tenant)  # what is warm may be from before the policy or the rotation that this is about
-        count = await self._all(chunk, classes)
+        count = await (self._all(chunk, classes) if chunk.into is None else self._copy(chunk, chunk.into, classes[chunk.streams[0]]))
         async with transaction(self._pool) as connection:
             await jobs.finish(connection, chunk, count.left, self._worker)
 
@@ -107,16 +110,21 @@ class Reencryption:
         rows = await self._rows(chunk, held.stream, before)
         if not rows:
             return None
-        headers = {bytes(row["data_encrypted"][:PREFIX_BYTES]): row["data_encrypted"] for row in rows if row["data_encrypted"] is not None}
-        epoch, ciphers = await self._keys.opening(chunk.tenant, _headers(headers.values()))
-        if epoch != held.as_of.epoch:
-            raise Moved
-        persons = await self._persons(held, rows, ciphers)
-        keys = await self._sealing(held, persons, [_count_fields(row, held.stream.fields) for row in rows])
-        failpoint("worker:opened")
+        ciphers, keys, persons = await self._equipped(held, stream, rows)
         async with self._as_of(held, alone=any(row["data_encrypted"] is None for row in rows)) as connection:
             resealed = await self._reseal(connection, chunk, held.stream, list(zip(rows, keys, persons, strict=True)), ciphers)
         return Count(resealed, len(rows) - resealed), rows[-1]["stream_position"]
+
+    async def _equipped(self, held: Held, stream: str, rows: Sequence[Any]) -> tuple[Ciphers, list[SealingKey | None], list[str | None]]:
+        """What opens the stream's rows; and for each the key that is to seal it and the person that it is about."""
+        headers = {bytes(row["data_encrypted"][:PREFIX_BYTES]): row["data_encrypted"] for row in rows if row["data_encrypted"] is not None}
+        epoch, ciphers = await self._keys.opening(held.tenant.id, _headers(headers.values()))
+        if epoch != held.as_of.epoch:
+            raise Moved
+        persons = await self._persons(held, stream, rows, ciphers)
+        keys = await self._sealing(held, persons, [_count_fields(row, held.stream.fields) for row in rows])
+        failpoint("worker:opened")
+        return ciphers, keys, persons
 
     async def _rows(self, chunk: Chunk, of: Stream, before: int) -> list[Any]:
         """What is not under the key that seals now, or is plain."""
@@ -125,13 +133,13 @@ class Reencryption:
                 return await jobs.rows_not_of_persons(connection, chunk, of.id, of.by_subject.suite, before, ROWS)
             return await jobs.rows_not_under(connection, chunk, of.id, of.key.prefix if of.key else b"", before, ROWS)
 
-    async def _persons(self, held: Held, rows: Sequence[Any], ciphers: Ciphers) -> list[str | None]:
+    async def _persons(self, held: Held, stream: str, rows: Sequence[Any], ciphers: Ciphers) -> list[str | None]:
         """Whose each event is, where policy seals by person. None: it does not, or nobody is named."""
         by = held.stream.by_subject
         if by is None:
             return [None] * len(rows)
         async with self._as_of(held, alone=False):
-            read = _contents(held.tenant.id, held.stream, rows, ciphers)
+            read = _contents(held.tenant.id, stream, held.stream.fields, rows, ciphers)
         return [None if found is None else _person(found[1], by.subject or "") for found in read]
 
     async def _sealing(self, held: Held, persons: Sequence[str | None], fields: Sequence[int]) -> list[SealingKey | None]:
@@ -181,7 +189,7 @@ class Reencryption:
     ) -> int:
         """-> how many of the rows, each with its new key and its person. The rest does not open, has no key, or is no more as it was read."""
         to_seal = []
-        for (row, key, person), read in zip(wanted, _contents(chunk.tenant, of, [row for row, _, _ in wanted], ciphers), strict=True):
+        for (row, key, person), read in zip(wanted, _contents(chunk.tenant, of.id, of.fields, [row for row, _, _ in wanted], ciphers), strict=True):
             if key is not None and read is not None:
                 to_seal.append((row, key, read[0], read[1] if person is None else _named(read[1], person)))
         sealer = Sealer(sum(content.seals for *_, content in to_seal))
@@ -219,6 +227,59 @@ class Reencryption:
         await jobs.write_history(connection, tenant, of.id, [*ranges, *theirs], after)
         await jobs.mark_sealed(connection, tenant, of.id, None, key.suite.label, first)
 
+    # into a new stream
+
+    async def _copy(self, chunk: Chunk, into: str, stream_class: str) -> Count:
+        """Every event of the stream, at the same position of the other one, up to the first that does not open or gets no key."""
+        [stream], count = chunk.streams, Count()
+        while True:
+            try:
+                copied = await self._copy_some(chunk, stream, into, stream_class)
+            except (Moved, Conflict):
+                self._keys.forget(chunk.tenant)
+                await asyncio.sleep(0.01)
+                continue
+            except RecordRefused:
+                copied = 0
+            failpoint("worker:rows")
+            if not copied:
+                break
+            count += Count(copied)
+            if self._rate:
+                await asyncio.sleep(copied / self._rate)
+        async with transaction(self._pool) as connection:
+            theirs, ours = await jobs.heads(connection, chunk.tenant, [stream, into])
+        return count + Count(0, theirs - ours)
+
+    async def _copy_some(self, chunk: Chunk, stream: str, into: str, stream_class: str) -> int:
+        """The next events, in one transaction. -> how many; 0 at the end, where one stands in the way, or where policy would leave the copy plain."""
+        held = self._keys.in_hand(chunk.tenant, into) or await self._keys.hold(chunk.tenant, into, stream_class)
+        async with transaction(self._pool) as connection:
+            [head] = await jobs.heads(connection, chunk.tenant, [into])
+            if held.as_of.epoch is None or not await jobs.is_copy(connection, chunk.tenant, stream, into):
+                return 0
+            rows = await jobs.rows_behind(connection, chunk.tenant, stream, head, ROWS)
+        if not rows:
+            return 0
+        ciphers, keys, persons = await self._equipped(held, stream, rows)
+        async with self._as_of(held, alone=False) as connection:
+            read = _contents(chunk.tenant, stream, held.stream.fields, rows, ciphers)
+            whole = list(takewhile(lambda each: each[1] is not None and each[3] is not None, zip(rows, keys, persons, read, strict=True)))
+            if not whole:
+                return 0
+            contents = [found[1] if person is None else _named(found[1], person) for _, _, person, found in whole if found is not None]
+            sealer, of_stream = Sealer(sum(content.seals for content in contents)), stream_aad(chunk.tenant.encode(), into.encode())
+            made = [(row, key, _bind(of_stream, row), content) for (row, key, *_), content in zip(whole, contents, strict=True) if key is not None]
+            written = await jobs.append_copies(
+                connection, guard_stripe(chunk.tenant), chunk.tenant, into, held.stream.stream_class, head=head, epoch=held.as_of.epoch,
+                policies=held.as_of.policy_version, copies=[(row, *_sealed(key, content, bind, sealer)) for row, key, bind, content in made],
+            )  # fmt: skip
+            for row, (_, key, bind, content) in zip(written, made, strict=True):
+                if _opened(key.cipher, bind, row) != content:
+                    raise AuthenticationFailed("what was written is not what was read")
+            await jobs.add(connection, chunk, len(made))
+        return len(made)
+
 
 class Content(NamedTuple):
     """Of an event: its attributes, and its value or the document of which fields are sealed. An event keeps its form when it is sealed anew."""
@@ -232,9 +293,9 @@ class Content(NamedTuple):
         return len(self.value.places) + 1 if isinstance(self.value, Document) else 1
 
 
-def _contents(tenant: str, of: Stream, rows: Sequence[Any], ciphers: Ciphers) -> list[tuple[Bind, Content] | None]:
+def _contents(tenant: str, stream: str, fields: Fields | None, rows: Sequence[Any], ciphers: Ciphers) -> list[tuple[Bind, Content] | None]:
     """Each event, and how it is bound to its place. None: it is altered, shredded or unknown, and stays as it is."""
-    of_stream = stream_aad(tenant.encode(), of.id_lp[4:])
+    of_stream = stream_aad(tenant.encode(), stream.encode())
 
     @cache
     def cipher(prefix: bytes) -> Cipher:
@@ -242,16 +303,21 @@ def _contents(tenant: str, of: Stream, rows: Sequence[Any], ciphers: Ciphers) ->
 
     out: list[tuple[Bind, Content] | None] = []
     for row in rows:
-        id_lp, type_lp = lp(row["message_id"].encode()), lp(row["message_type"].encode())
-        bind = partial(event_aad, of_stream, row["stream_position"], id_lp, type_lp, row["schema_version"])
+        bind = _bind(of_stream, row)
         try:
             sealed = row["data_encrypted"]
-            content = _plain(row, of.fields) if sealed is None else _opened(cipher(bytes(sealed[:PREFIX_BYTES])), bind, row)
+            content = _plain(row, fields) if sealed is None else _opened(cipher(bytes(sealed[:PREFIX_BYTES])), bind, row)
         except (RecordError, KeyUnavailable):
             out.append(None)
         else:
             out.append((bind, content))
     return out
+
+
+def _bind(of_stream: bytes, row: Any) -> Bind:
+    """To the row's place in that stream."""
+    id_lp, type_lp = lp(row["message_id"].encode()), lp(row["message_type"].encode())
+    return partial(event_aad, of_stream, row["stream_position"], id_lp, type_lp, row["schema_version"])
 
 
 def _headers(envelopes: Any) -> list[Any]:

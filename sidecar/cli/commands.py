@@ -86,9 +86,10 @@ def reencrypt(
     stream: Stream = None,
     stream_class: Class = None,
     split: Annotated[bool, typer.Option("--split", help="Off a shared key: each stream gets one of its own, and can be shredded alone.")] = False,
+    into: Annotated[str | None, typer.Option(metavar="STREAM", help="Of one stream: copy its events into a new one, and leave it as it is.")] = None,
 ) -> int:
     """Seal stored events anew, in place, under the keys and the algorithm that new events get; `sidecar worker` does it."""
-    wanted = {"split": True} if split else {}
+    wanted = ({"split": True} if split else {}) | ({"into": into} if into else {})
     return sending.send("reencrypt", scope_of(tenant, stream, stream_class, None), **wanted)
 
 

@@ -62,6 +62,7 @@ class _OptionsV1(_Strict):
     hold_id: UUID | None = None
     restore: bool = False
     plain: bool = False
+    into: str | None = None
 
 
 class _CommandV1(_Strict):
@@ -83,7 +84,7 @@ class Command:
 
     `older_than` is the rotation timer's: only keys made before it. `grace_seconds` of a shred delays what is irreversible, never what makes
     data inaccessible; None: the command says nothing, the configuration decides. `split` of a re-encryption: the scope's streams get keys of their own.
-    `plain` of a re-encryption: plain events too, where policy encrypts.
+    `plain` of a re-encryption: plain events too, where policy encrypts. `into`: the stream's events are copied into a new one of that name.
     `hold_id` of a release: just this hold; None: all holds on the scope. `restore` of a readmission: with the old keys, within the shred's grace.
     """
 
@@ -102,6 +103,7 @@ class Command:
     hold_id: UUID | None = None
     restore: bool = False
     plain: bool = False
+    into: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +256,19 @@ def _command(body: _CommandV1) -> Command:
         hold_id=body.options.hold_id,
         restore=body.options.restore,
         plain=body.options.plain,
+        into=_into(body.options, scope),
     )
+
+
+def _into(options: _OptionsV1, scope: Scope) -> str | None:
+    if options.into is None:
+        return None
+    if scope.kind is not ScopeKind.STREAM or options.split or options.into == scope.id:
+        raise CommandRejected("malformed", "options.into: of one stream, into another, and without split")
+    try:
+        return identifier(options.into.encode("utf-8", "replace"), "options.into")
+    except MalformedRecord as error:
+        raise CommandRejected("malformed", str(error)) from None
 
 
 def _grace(text: str | None) -> float | None:

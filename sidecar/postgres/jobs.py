@@ -41,13 +41,14 @@ ORDER BY m.stream_position DESC LIMIT $6"""  # noqa: S608 (constants)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Streams of a tenant to be sealed under their present keys; `plain`: their plain events too."""
+    """Streams of a tenant to be sealed under their present keys; `plain`: their plain events too. `into`: one stream, copied into a new one."""
 
     command_id: UUID
     chunk: int
     tenant: str
     streams: list[str]
     plain: bool
+    into: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +62,16 @@ class Count:
         return Count(self.resealed + other.resealed, self.left + other.left)
 
 
-async def plan(connection: Connection, command_id: UUID, scope: Scope, *, plain: bool) -> int:
+async def plan(connection: Connection, command_id: UUID, scope: Scope, *, plain: bool, into: str | None = None) -> int:
     """Cut the scope's streams into chunks; -> how many."""
     with mapped():
         done = await connection.execute(
-            f"""INSERT INTO jobs (command_id, chunk, tenant_id, streams, plain)
-                SELECT $3, n / {STREAMS_PER_CHUNK}, $1, array_agg(stream_id ORDER BY n), $4
+            f"""INSERT INTO jobs (command_id, chunk, tenant_id, streams, plain, into_stream)
+                SELECT $3, n / {STREAMS_PER_CHUNK}, $1, array_agg(stream_id ORDER BY n), $4, $5::text
                 FROM (SELECT s.stream_id, (row_number() OVER (ORDER BY s.stream_id) - 1)::int AS n FROM streams s
-                      WHERE s.tenant_id = $1 AND {_OF_SCOPE[scope.kind]} AND (s.is_encrypted OR $4)) x
+                      WHERE s.tenant_id = $1 AND {_OF_SCOPE[scope.kind]} AND (s.is_encrypted OR $4 OR $5::text IS NOT NULL)) x
                 GROUP BY n / {STREAMS_PER_CHUNK} ON CONFLICT DO NOTHING""",  # noqa: S608 (constants)
-            scope.tenant, scope.id, command_id, plain,
+            scope.tenant, scope.id, command_id, plain, into,
         )  # fmt: skip
     return int(done.rpartition(" ")[2])
 
@@ -113,7 +114,7 @@ async def begin(connection: Connection, command_id: UUID, chunk: int, worker: st
         )  # fmt: skip
     if row is None:
         return None
-    return Chunk(command_id=command_id, chunk=chunk, tenant=row["tenant_id"], streams=row["streams"], plain=row["plain"])
+    return Chunk(command_id=command_id, chunk=chunk, tenant=row["tenant_id"], streams=row["streams"], plain=row["plain"], into=row["into_stream"])
 
 
 async def add(connection: Connection, chunk: Chunk, resealed: int) -> None:
@@ -256,4 +257,58 @@ async def drop_unused_ranges(connection: Connection, tenant: str, stream: str) -
                     SELECT {_KEY_ID}, {_KEY_VERSION} FROM messages m
                     WHERE m.tenant_id = $1 AND m.stream_id = $2 AND octet_length(m.data_encrypted) >= 25)""",  # noqa: S608 (constants)
             tenant, stream,
+        )  # fmt: skip
+
+
+# ── what a copy reads and writes ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def is_copy(connection: Connection, tenant: str, stream: str, into: str) -> bool:
+    """Whether `into` has no events, or its last one is the other stream's at that position: then what stands before it is too."""
+    with mapped():
+        row = await connection.fetchrow(
+            """SELECT c.message_id = (SELECT m.message_id FROM messages m
+                                      WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position = c.stream_position) AS same
+               FROM messages c WHERE c.tenant_id = $1 AND c.stream_id = $3 ORDER BY c.stream_position DESC LIMIT 1""",
+            tenant, stream, into,
+        )  # fmt: skip
+    return row is None or bool(row["same"])
+
+
+async def heads(connection: Connection, tenant: str, streams: Sequence[str]) -> list[int]:
+    with mapped():
+        return [
+            await connection.fetchval("SELECT coalesce(max(stream_position), 0) FROM messages WHERE tenant_id = $1 AND stream_id = $2", tenant, name)
+            for name in streams
+        ]
+
+
+async def rows_behind(connection: Connection, tenant: str, stream: str, after: int, limit: int) -> list[Any]:
+    """Events behind that position, in order."""
+    with mapped():
+        return await connection.fetch(
+            """SELECT m.stream_position, m.message_id, m.message_type, m.schema_version, m.occurred_at, m.data, m.data_encrypted, m.metadata,
+                 m.is_tombstone FROM messages m WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position > $3
+               ORDER BY m.stream_position LIMIT $4""",
+            tenant, stream, after, limit,
+        )  # fmt: skip
+
+
+async def append_copies(
+    connection: Connection, stripe: int, tenant: str, stream: str, stream_class: str, *, head: int, epoch: int, policies: int,
+    copies: Sequence[tuple[Any, bytes, bytes | None]],
+) -> list[Any]:  # fmt: skip
+    """(row, envelope, document beside it), behind `head`. -> rows as they are now. Raises WrongVersion, Moved, RecordRefused, AuthenticationFailed."""
+    rows = [row for row, _, _ in copies]
+    columns = [[row[name] for row in rows] for name in ("message_id", "message_type", "schema_version", "occurred_at")]
+    with mapped():
+        await connection.execute(
+            "SELECT append_events($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
+            stripe, tenant, stream, stream_class, head, epoch, policies, *columns, [document for *_, document in copies],
+            [envelope for _, envelope, _ in copies], [None] * len(rows), [row["is_tombstone"] for row in rows],
+        )  # fmt: skip
+        return await connection.fetch(
+            """SELECT stream_position, data_encrypted, data FROM messages WHERE tenant_id = $1 AND stream_id = $2 AND stream_position > $3
+               ORDER BY stream_position""",
+            tenant, stream, head,
         )  # fmt: skip

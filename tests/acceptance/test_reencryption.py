@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from sidecar import Library, NewEvent, PolicySpec, open_library
+from sidecar import Library, NewEvent, PolicySpec, open_library, reencryption
 from sidecar.core.envelope import parse_header
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.key_management import KeyManagementService
@@ -258,6 +258,85 @@ def test_library_and_data_plane_write_while_events_are_sealed_anew(world: World)
     assert key_history_faults(world) == []
 
 
+# ── into a new stream ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def told(world: World, stream: str) -> list[Any]:
+    """What readers see of a stream, but for its name."""
+    return [{name: value for name, value in event.items() if name != "stream_id"} for event in world.events("acme", stream=stream)]
+
+
+def test_a_stream_is_copied_into_a_new_one_which_outlives_it(world: World) -> None:
+    asyncio.run(fill(world, {"aes-1": 600, "aes-9": 1}))
+    world.control()
+    worker(world)
+    before = bytes_of(world)
+    into = ("reencrypt", "--tenant", "acme", "--stream", "aes-1", "--into", "aes-2", "--reason", "a test", "--wait", "60")
+    assert world.json(*into)["events"] == {"resealed": 600, "left": 0, "chunks": 1}
+    assert told(world, "aes-2") == told(world, "aes-1")
+    assert sorted(before) == sorted(bytes(r[0]) for r in world.sql("SELECT data_encrypted FROM messages WHERE stream_id <> 'aes-2'")), "as it was"
+    asyncio.run(fill(world, {"aes-1": 5}))
+    more = world.carry_out("reencrypt", of_stream("aes-1"), options={"into": "aes-2"}, final=("done",))
+    assert more["events"] == {"resealed": 5, "left": 0, "chunks": 1}, "and what came since"
+    assert told(world, "aes-2") == told(world, "aes-1")
+    assert keys_in_use(world, "aes-1").isdisjoint(keys_in_use(world, "aes-2"))
+    assert key_history_faults(world) == []
+    assert world.carry_out("reencrypt", of_stream("aes-1"), options={"into": "aes-9"})["error"]["code"] == "stream_exists"
+    assert world.carry_out("shred", of_stream("aes-1"))["status"] == "inaccessible"
+    assert {event["status"] for event in told(world, "aes-1")} == {"erased"}
+    assert {event["status"] for event in told(world, "aes-2")} == {"ok"}
+    asyncio.run(fill(world, {"aes-2": 1}))
+    assert [event["position"] for event in told(world, "aes-2")] == list(range(1, 607))
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing after it runs, and Postgres undoes what was not committed."""
+
+
+def test_a_copy_that_is_killed_goes_on_and_ends_before_what_does_not_open(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    asyncio.run(fill(world, {"aes-1": 1300}))
+    world.sql("UPDATE messages SET data_encrypted = set_byte(data_encrypted, 60, get_byte(data_encrypted, 60) # 1) WHERE stream_position = 1201")
+
+    def dies(name: str) -> None:
+        if name == "worker:rows":
+            monkeypatch.undo()
+            raise Killed
+
+    monkeypatch.setattr(reencryption, "failpoint", dies)
+
+    async def main() -> None:
+        async with paused(world, Reencryption, lambda: None, into="aes-2") as (work, command_id):
+            with pytest.raises(Killed):
+                await work.work(command_id, 0)
+            assert len(told(world, "aes-2")) == 500
+            await work.work(command_id, 0)
+
+    asyncio.run(main())
+    assert told(world, "aes-2") == told(world, "aes-1")[:1200]
+    assert [tuple(row) for row in world.sql("SELECT resealed, left_alone, state FROM jobs")] == [(1200, 100, "done")]
+    assert key_history_faults(world) == []
+
+
+def test_a_copy_of_plain_events_is_sealed_by_person_where_policy_says_so_by_now(make_world: Callable[..., World]) -> None:
+    world = make_world(policies={"install": [{"class": "Aes", "encrypt": False}]})
+    world.run().stop()
+    asyncio.run(fill_persons(world, {"aes-1": ["ann", "bob", "ann"]}))
+    opened = told(world, "aes-1")
+
+    async def main() -> None:
+        async with paused(world, Reencryption, lambda: None, into="aes-2") as (work, command_id):
+            await work.work(command_id, 0)
+
+    asyncio.run(main())
+    assert told(world, "aes-2") == [], "policy leaves them plain: there is nothing to seal"
+    world.sql("DELETE FROM jobs")
+    asyncio.run(set_policy(world, encrypt=True, **PER_PERSON))
+    asyncio.run(main())
+    assert told(world, "aes-2") == opened
+    assert [use.split()[0] for use in of_persons(world, "aes-2").values()] == ["ann", "bob", "ann"]
+    assert key_history_faults(world) == []
+
+
 # ── a shred in the middle of it ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -271,7 +350,7 @@ class Trusting(Reencryption):
 
 @asynccontextmanager
 async def paused(
-    world: World, kind: type[Reencryption], meanwhile: Callable[[], Any], *, stream: str = "aes-1", plain: bool = False
+    world: World, kind: type[Reencryption], meanwhile: Callable[[], Any], *, stream: str = "aes-1", plain: bool = False, into: str | None = None
 ) -> AsyncIterator[tuple[Reencryption, UUID]]:
     """A re-encryption of a stream that has opened keys in hand when `meanwhile` happens."""
     pool = await open_pool(world.settings.postgres.for_role("control"), application_name="a test")
@@ -291,7 +370,7 @@ async def paused(
         work._as_of = late  # type: ignore[method-assign]
         command_id = uuid4()
         async with transaction(pool) as connection:
-            assert await jobs.plan(connection, command_id, of_stream(stream), plain=plain) == 1
+            assert await jobs.plan(connection, command_id, of_stream(stream), plain=plain, into=into) == 1
         yield work, command_id
     finally:
         await pool.close()
