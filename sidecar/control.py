@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import orjson
 
-from sidecar import telemetry
+from sidecar import grace, telemetry
 from sidecar.checkpoints import Checkpoints
 from sidecar.clean_up import CleanUp
 from sidecar.core.command import Command, receipt, receipt_id, stored
@@ -25,7 +25,7 @@ from sidecar.core.model import duration_ms
 from sidecar.event_store import EventStore
 from sidecar.evidence import Evidence
 from sidecar.holds import Holding, Releasing
-from sidecar.inbox import Backoff, Inbox, log_status, schedule_rotations
+from sidecar.inbox import Backoff, ControlRecord, Inbox, log_status, schedule_rotations
 from sidecar.jobs import Jobs
 from sidecar.kafka import jobs as jobs_topic
 from sidecar.kafka import journal
@@ -45,6 +45,7 @@ from sidecar.postgres.connection import Connection, Pool, connect, open_pool, re
 from sidecar.postgres.durability import check_standby
 from sidecar.postgres.guard import Backend
 from sidecar.readmission import Readmission
+from sidecar.rereading import Rereading
 from sidecar.residue import Residue
 from sidecar.rotation import Rotation
 from sidecar.sealing import Sealing
@@ -284,6 +285,7 @@ class ControlPlane:
         store = EventStore(self._pool, KeyManagement(self.kms), self._gate)
         self._evidence = Evidence(self._settings, self._pool, self._signer, store, self._clock)
         self.inbox = Inbox(self._settings, self._pool, self._clock, self._wake_executor)
+        self._rereading = Rereading(self._settings, self._pool, self._admin, self.inbox, self._clock)
         self._opened = True
 
     async def close(self) -> None:
@@ -292,6 +294,11 @@ class ControlPlane:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._pool.close(), 5)
         self._pool.terminate()
+
+    async def receive(self, records: list[ControlRecord]) -> None:
+        """Of the control topic: they may be acked when it comes back."""
+        await self.inbox.receive(*records)
+        await self._rereading.remember(records)
 
     def ready(self) -> tuple[bool, str]:
         """Serves when it leads and can be reached; standing by is its proper state too, so that a roll-out need not wait."""
@@ -327,6 +334,7 @@ class ControlPlane:
                     try:
                         await self._gate.check(connection)
                         if not leading:
+                            await self._rereading.take_again()
                             await self._lead(self)
                             leading = True
                         backoff = Backoff()
@@ -365,7 +373,7 @@ class ControlPlane:
     async def _work(self, lock: Connection) -> None:
         """Executor, outbox, timer; returns when the session of the lock is gone, raises what one of them raises."""
         ledger = Ledger(self._pool, self._ledger_topic, self._signer, self._settings.deployment)
-        steps = Steps(self._pool, self._admin, self._clock, ledger)
+        self._steps = steps = Steps(self._pool, self._admin, self._clock, ledger)
         notices = Notices(self._pool, self._admin, self._writer)
         self._foreground = steps.foreground
         self._residue = Residue(self._settings, steps, notices, self._sealing)
@@ -418,6 +426,7 @@ class ControlPlane:
             "clean_up": (CLEAN_UP_SECONDS, self._clean_up_what_is_due),
             "checkpoint": (duration_ms(self._settings.audit.checkpoint_every) / 1000, self._checkpoints.sign),
             "residue": (POLL_SECONDS, self._look_at_residue),
+            "grace": (self._timer_seconds, lambda: grace.destroy_unwatched(self._steps)),
             "ledger": (POLL_SECONDS, lambda: answer_asked(self._pool, self._clock)),
             "jobs": (POLL_SECONDS, self._follow_up_jobs),
             "certify": (CERTIFY_SECONDS, self._certify),

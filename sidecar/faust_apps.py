@@ -25,6 +25,7 @@ from sidecar.control import ControlPlane
 from sidecar.core.errors import Unavailable
 from sidecar.inbox import Backoff, ControlRecord
 from sidecar.memory import no_core_dumps
+from sidecar.rereading import group_of
 from sidecar.servers import KafkaSecurity
 from sidecar.settings import Settings
 from sidecar.worker import Worker
@@ -72,9 +73,9 @@ def build(settings: Settings, plane: ControlPlane, folder: str) -> Any:
     """The control plane's app; `folder` is where Faust may write, which it hardly does."""
 
     async def receive(messages: list[Any]) -> None:
-        await plane.inbox.receive(*(ControlRecord(value=m.value, source=f"{m.topic}/{m.partition}/{m.offset}") for m in messages))
+        await plane.receive([ControlRecord(value=m.value, source=f"{m.topic}/{m.partition}/{m.offset}") for m in messages])
 
-    group = f"{settings.deployment}.control"
+    group = group_of(settings)
     # Only the leader receives, always under this name: a successor takes its predecessor's partitions at once, and fences it.
     return _app(settings, folder, group, settings.control.topic, receive, at_once=100, consumer_group_instance_id=group)
 

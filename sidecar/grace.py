@@ -4,6 +4,9 @@ In between their wrapped bytes lie in `quarantined_keys`, which nothing but this
 need no right to it. A restore (readmit with `restore`) brings them back; a legal hold that was placed meanwhile keeps them there.
 """
 
+from uuid import UUID
+
+from sidecar import telemetry
 from sidecar.core.errors import CommandRejected
 from sidecar.core.model import Scope
 from sidecar.postgres import quarantine, shreds
@@ -11,7 +14,7 @@ from sidecar.postgres.connection import Connection, transaction
 from sidecar.postgres.holds import refuse_held
 from sidecar.postgres.residue import Entry, Look
 from sidecar.postgres.shreds import Keys
-from sidecar.steps import Steps, failpoint
+from sidecar.steps import WRITER, Steps, failpoint
 
 LONGEST_SECONDS = 300.0
 
@@ -28,15 +31,30 @@ class Grace:
         left = 0.0 if until is None else (until - self._steps.clock.now()).total_seconds()
         if left > 0:
             return Look(again=min(left, LONGEST_SECONDS), until=until, details=entry.details)
-        command, scope = entry.command, entry.command.scope
-        async with transaction(self._steps.pool) as connection:
-            await shreds.lock_tenant(connection, scope.tenant)
-            await refuse_held(connection, scope)
-            keys = await quarantine.destroy(connection, entry.command_id)
-            if keys.names:  # else a kill came between this and the record of it, or a later shred went first
-                await self._steps.audited(connection, command, f"{scope.kind}.destroy", keys)
+        await _destroy(self._steps, entry.command_id, entry.command.scope, entry.command.requested_by)
         failpoint("grace:destroyed")
         return Look(again=None, until=until, details=entry.details)
+
+
+async def destroy_unwatched(steps: Steps) -> None:
+    """What a replay of the ledger set aside and whose grace is over: there is no command here whose residue it would be."""
+    async with transaction(steps.pool) as connection:
+        due = await quarantine.unwatched(connection, steps.clock.now())
+    for command_id, scope in due:
+        try:
+            await _destroy(steps, command_id, scope, WRITER)
+        except CommandRejected as held:
+            telemetry.log.info("a grace waits", extra={"action": "destroy", "command_id": command_id, "error": held})
+
+
+async def _destroy(steps: Steps, command_id: UUID, scope: Scope, actor: str) -> None:
+    """Raises CommandRejected while a hold is in force."""
+    async with transaction(steps.pool) as connection:
+        await shreds.lock_tenant(connection, scope.tenant)
+        await refuse_held(connection, scope)
+        keys = await quarantine.destroy(connection, command_id)
+        if keys.names:  # else a kill came between this and the record of it, or a later shred went first
+            await steps.note(connection, command_id, scope, f"{scope.kind}.destroy", actor, keys.in_audit())
 
 
 async def restore(connection: Connection, scope: Scope) -> Keys:

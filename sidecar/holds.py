@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 
 from sidecar.core.command import Command
 from sidecar.core.errors import CommandRejected
-from sidecar.postgres import commands, holds, shreds
+from sidecar.core.model import Scope
+from sidecar.postgres import commands, holds, replays, shreds
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, transaction
 from sidecar.postgres.shreds import Tenant
@@ -29,7 +30,7 @@ class Holding:
 
     async def _place(self, job: Job, command: Command) -> Job:
         steps, scope, now = self._steps, command.scope, self._steps.clock.now()
-        async with _locked(steps, scope.tenant) as (connection, tenant):
+        async with _locked(steps, scope) as (connection, tenant):
             await holds.refuse_gone(connection, scope)
             await holds.place(connection, scope, hold_id=command.command_id, reason=command.reason, by=command.requested_by, at=now)
             facts = await steps.audited(connection, command, "hold.place") | {"holds": [str(command.command_id)]}
@@ -49,7 +50,7 @@ class Releasing:
 
     async def _release(self, job: Job, command: Command) -> Job:
         steps, scope, now = self._steps, command.scope, self._steps.clock.now()
-        async with _locked(steps, scope.tenant) as (connection, tenant):
+        async with _locked(steps, scope) as (connection, tenant):
             found = await holds.release(connection, scope, command.hold_id, by=command.requested_by, at=now)
             if not found:
                 raise CommandRejected("unknown_hold", "there is no such hold in force")
@@ -67,7 +68,9 @@ async def _done(steps: Steps, job: Job, command: Command) -> Job:
 
 
 @asynccontextmanager
-async def _locked(steps: Steps, tenant: str) -> AsyncIterator[tuple[Connection, Tenant]]:
+async def _locked(steps: Steps, scope: Scope) -> AsyncIterator[tuple[Connection, Tenant]]:
     async with transaction(steps.pool) as connection:
         await connection.execute("SET LOCAL synchronous_commit = on")
-        yield connection, await shreds.lock_tenant(connection, tenant)
+        locked = await shreds.lock_tenant(connection, scope.tenant)
+        await replays.adopt(connection, scope)  # a name that came up for the first time since a restore
+        yield connection, locked

@@ -35,7 +35,7 @@ class Ledger:
 
     async def enter(
         self, connection: Connection, command: Command, act: Act, *, at: datetime, generation: int, sources: Sequence[SourceEnd] = (),
-        keys_sha256: str | None = None, undoes: UUID | None = None,
+        keys_sha256: str | None = None, undoes: UUID | None = None, kept_until: datetime | None = None,
     ) -> None:  # fmt: skip
         """An entry, in the transaction of the act: under the tenant's lock, so that of one tenant they stand in the order of the acts."""
         scope = command.scope
@@ -52,6 +52,7 @@ class Ledger:
             sources=tuple(sources),
             keys_sha256=keys_sha256,
             undoes=undoes,
+            kept_until=kept_until,
         )
         await ledger.enter(connection, entry, dsse.sign(PAYLOAD_TYPE, entry.to_bytes(), [self._signer]).to_bytes())
 

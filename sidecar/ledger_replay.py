@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from sidecar import telemetry
+from sidecar import grace, telemetry
 from sidecar.core import dsse
 from sidecar.core.audit import scope_ref
 from sidecar.core.errors import CommandRejected, ConfigurationError, LedgerBehind, MalformedEnvelope, StoreUnavailable
@@ -107,6 +107,7 @@ class LedgerReplay:
             await ledger.mark_replayed(connection)
             at = self._steps.clock.now()
             await audit.append(connection, writer=WRITER, at=at, action="ledger.replayed", actor="sidecar ledger replay", tenant=None, details=facts)
+        await grace.destroy_unwatched(self._steps)
         return facts
 
     async def _serves(self, connection: Connection) -> bool:

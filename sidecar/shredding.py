@@ -12,13 +12,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from typing import Any, Final, TypeVar
 
 from sidecar.core.command import Command, rfc3339
 from sidecar.core.errors import BrokerUnavailable, CommandRejected, StoreUnavailable
 from sidecar.core.ledger import SourceEnd
 from sidecar.core.model import Scope, ScopeKind
-from sidecar.kafka.admin import TopicInfo
 from sidecar.notices import Notices, plain_tombstones
 from sidecar.postgres import commands, replays, residue, shreds
 from sidecar.postgres.commands import Job
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 CHUNK: Final = 5000
 COUNT_MS: Final = 400
-OFFSETS_SECONDS: Final = 1.0
+OFFSETS_SECONDS: Final = 2.0
 """How long the broker may take for the source end offsets: the guard is held meanwhile."""
 
 
@@ -65,14 +65,13 @@ class Shredding:
         if grace and command.include_plain:
             raise CommandRejected("grace_with_plain", "plain events are deleted for good: shred without include_plain, or without a grace")
         kept_until = self._steps.clock.now() + timedelta(seconds=grace) if grace else None
-        async with transaction(self._steps.pool) as connection:
-            sources = await shreds.source_topics(connection)
-        described = await asyncio.to_thread(self._steps.admin.describe, {topic for _, topic, _ in sources})
         async with self._steps.under_guard(scope.tenant) as connection:
             tenant = await shreds.lock_tenant(connection, scope.tenant)
             await replays.adopt(connection, scope)
             await refuse_held(connection, scope)
-            ends = await self._source_ends(sources, described)
+            if kept_until is not None:
+                await shreds.refuse_second_grace(connection, scope)
+            ends = await self._source_ends(connection)
             keys = await shreds.take_keys(connection, scope, command.command_id, kept_until)
             await shreds.record_barriers(connection, command.command_id, scope.tenant, ends)
             await shreds.next_epoch(connection, scope.tenant, shredding=scope.kind is ScopeKind.TENANT)
@@ -84,22 +83,35 @@ class Shredding:
             facts |= await self._steps.audited(connection, command, f"{scope.kind}.shred", keys)
             await self._steps.ledger.enter(
                 connection, command, "shred", at=self._steps.clock.now(), generation=tenant.generation,
-                sources=_in_ledger(sources, ends), keys_sha256=facts["keys"]["fingerprints_sha256"],
+                sources=ends, keys_sha256=facts["keys"]["fingerprints_sha256"], kept_until=kept_until,
             )  # fmt: skip
             fenced = await commands.advance(connection, job, "fenced", facts)
         self._steps.settled(scope.tenant)
         # Taken after the commit: a receipt never claims an earlier time than the true one. After a crash it is the time of the resumption.
         return replace(fenced, facts=fenced.facts | {"inaccessible_at": rfc3339(self._steps.clock.now())})
 
-    async def _source_ends(self, sources: list[tuple[int, str, str]], described: dict[str, TopicInfo]) -> dict[int, dict[int, int]]:
-        """{source_id: {partition: end offset}} of those sources that are still the topic they were."""
-        live = {topic: source for source, topic, topic_id in sources if topic in described and described[topic].topic_id == topic_id}
+    async def _source_ends(self, connection: Connection) -> list[SourceEnd]:
+        """Where the log of every source ends, on each of its partitions: of those that were ever read, and of those that are configured.
+
+        Asked under the guard: what stands there was there before the shred, whether or not an instance has come to read it.
+        """
+        known = {topic for _, topic, _ in await shreds.source_topics(connection)}
         try:
-            call = asyncio.to_thread(self._steps.admin.offsets, {topic: described[topic].partitions for topic in live})
-            ends = await asyncio.wait_for(call, OFFSETS_SECONDS)
+            return await asyncio.wait_for(asyncio.to_thread(self._ask_for_ends, known), OFFSETS_SECONDS)
         except TimeoutError:
             raise BrokerUnavailable("the source end offsets did not come in time") from None
-        return {live[topic]: offsets for topic, offsets in ends.items()}
+
+    def _ask_for_ends(self, known: set[str]) -> list[SourceEnd]:
+        admin, named = self._steps.admin, {source.topic for source in self._settings.sources}
+        globs = {topic for topic in named if set(topic) & set("*?[")}
+        matching = {topic for topic in admin.list_topics() if any(fnmatchcase(topic, glob) for glob in globs)} if globs else set()
+        live = admin.describe(known | (named - globs) | matching)
+        ends = admin.offsets({topic: found.partitions for topic, found in live.items()})
+        return [
+            SourceEnd(topic=topic, topic_id=live[topic].topic_id, partition=partition, end_offset=offset)
+            for topic, offsets in ends.items()
+            for partition, offset in offsets.items()
+        ]
 
     async def _known(self, connection: Connection, scope: Scope) -> bool:
         if scope.kind is ScopeKind.STREAM:
@@ -200,14 +212,6 @@ class Shredding:
             return {}
         deleted = int(job.facts.get("remainders_deleted", 0)) + len(rows)
         return {"remainders_deleted": deleted, "remainders_after": (rows[-1][0], rows[-1][1]), "more": len(rows) == CHUNK}
-
-
-def _in_ledger(sources: list[tuple[int, str, str]], ends: dict[int, dict[int, int]]) -> list[SourceEnd]:
-    return [
-        SourceEnd(topic=topic, topic_id=topic_id, partition=partition, end_offset=offset)
-        for source, topic, topic_id in sources
-        for partition, offset in ends.get(source, {}).items()
-    ]
 
 
 async def _nothing() -> None:

@@ -13,10 +13,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol
+from uuid import UUID
 
 from sidecar import telemetry
 from sidecar.core.audit import scope_ref
 from sidecar.core.command import Command, receipt, receipt_id
+from sidecar.core.model import Scope
 from sidecar.kafka.admin import Admin
 from sidecar.ledger import Ledger
 from sidecar.ports import Clock
@@ -123,12 +125,14 @@ class Steps:
 
     async def audited(self, connection: Connection, command: Command, action: str, keys: Keys | None = None, **facts: Any) -> dict[str, Any]:
         """The row of the act. A scope's id may be a person's name, so the trail holds its pseudonym; `command_id` leads to the rest."""
-        scope = command.scope
-        details: dict[str, Any] = {"command_id": str(command.command_id), "scope": {"kind": scope.kind.value, "ref": scope_ref(scope).hex()}}
-        details |= facts | (keys.in_audit() if keys else {})
-        row = await audit.append(
-            connection, writer=WRITER, at=self.clock.now(), action=action, actor=command.requested_by, tenant=scope.tenant, details=details
-        )
+        return await self.note(connection, command.command_id, command.scope, action, command.requested_by, facts | (keys.in_audit() if keys else {}))
+
+    async def note(
+        self, connection: Connection, command_id: UUID, scope: Scope, action: str, actor: str, facts: dict[str, Any]
+    ) -> dict[str, Any]:  # fmt: skip
+        """As `audited`, of a command that only the ledger knows."""
+        details = {"command_id": str(command_id), "scope": {"kind": scope.kind.value, "ref": scope_ref(scope).hex()}} | facts
+        row = await audit.append(connection, writer=WRITER, at=self.clock.now(), action=action, actor=actor, tenant=scope.tenant, details=details)
         return {"audit": {"writer": row.writer, "seq": row.seq}}
 
     def receipt_of(self, job: Job, command: Command, status: Any, **facts: Any) -> dict[str, Any]:

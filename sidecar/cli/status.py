@@ -8,15 +8,15 @@ import typer
 from sidecar.cli.context import Cli, cli, run_async
 from sidecar.core.errors import BrokerUnavailable
 from sidecar.kafka.admin import Admin
+from sidecar.postgres.commands import LIVE_KEYS
 from sidecar.postgres.connection import connected
 from sidecar.postgres.errors import mapped
 
-_DUE = """
-SELECT count(*) FROM encryption_keys k LEFT JOIN streams s ON s.tenant_id = k.tenant_id AND k.scope_kind = 'stream' AND s.stream_id = k.scope_id
+_DUE = f"""
+SELECT count(DISTINCT (k.tenant_id, k.key_id, k.key_version)) FROM ({LIVE_KEYS}) k JOIN tenants t USING (tenant_id, generation)
 CROSS JOIN LATERAL (SELECT p.key_rotation_interval_days AS days FROM encryption_policies p
-  WHERE p.tenant_id IN (k.tenant_id, '*') AND p.stream_type_class = CASE k.scope_kind WHEN 'class' THEN k.scope_id ELSE s.stream_type_class END
-  ORDER BY (p.tenant_id = '*') LIMIT 1) p
-WHERE k.is_active AND p.days IS NOT NULL AND k.created_at < now() - make_interval(days => p.days)"""
+  WHERE p.tenant_id IN (k.tenant_id, '*') AND p.stream_type_class = k.class ORDER BY (p.tenant_id = '*') LIMIT 1) p
+WHERE t.state = 'active' AND p.days IS NOT NULL AND k.created_at < now() - make_interval(days => p.days)"""  # noqa: S608 (constants)
 
 _LEASES = """
 SELECT t.topic, t.topic_id, l.partition, l.next_offset, l.owner FROM partition_leases l JOIN source_topics t USING (source_id) ORDER BY 1, 3"""

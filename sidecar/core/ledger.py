@@ -29,7 +29,10 @@ class SourceEnd:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """`generation` is the tenant's behind the act. `undoes`: the command that this one takes back (a release its hold's, a restore its shred's)."""
+    """`generation` is the tenant's behind the act. `undoes`: the command that this one takes back (a release its hold's, a restore its shred's).
+
+    `kept_until`: of a shred with a grace, when that ends.
+    """
 
     entry_id: UUID
     command_id: UUID
@@ -43,6 +46,7 @@ class Entry:
     sources: tuple[SourceEnd, ...] = ()
     keys_sha256: str | None = None
     undoes: UUID | None = None
+    kept_until: datetime | None = None
 
     def to_bytes(self) -> bytes:
         sources: dict[str, dict[str, Any]] = {}
@@ -60,6 +64,7 @@ class Entry:
             "sources": sources,
             "keys_sha256": self.keys_sha256,
             "undoes": self.undoes and str(self.undoes),
+            "kept_until": self.kept_until and self.kept_until.isoformat(),
         }
         return json.dumps(document, separators=(",", ":")).encode()
 
@@ -88,6 +93,7 @@ def parse_entry(payload: bytes) -> Entry:
             sources=tuple(ends),
             keys_sha256=body["keys_sha256"],
             undoes=UUID(body["undoes"]) if body["undoes"] else None,
+            kept_until=datetime.fromisoformat(body["kept_until"]) if body["kept_until"] else None,
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise MalformedEnvelope("this is no entry of a ledger") from None

@@ -129,6 +129,16 @@ class Admin:
                     out[group] = at
         return out
 
+    def committed(self, group: str, topic: str) -> dict[int, int]:
+        """The group's committed offsets on the topic; none where there is no such group."""
+        try:
+            asked = self._client.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)], request_timeout=TIMEOUT_SECONDS)[group].result()
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
+                return {}
+            raise translate(error.args[0]) from None
+        return {tp.partition: tp.offset for tp in asked.topic_partitions or () if tp.topic == topic and tp.offset >= 0}
+
     def fence(self, transactional_id: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         """Void whatever the producers with this id have open: what they send from now on is refused by the broker."""
         producer = Producer(client_config(self._settings, **{"transactional.id": transactional_id}))

@@ -17,6 +17,16 @@ from sidecar.postgres.errors import mapped
 CHANNEL: Final = "sidecar_commands"
 TIMER_ISSUER: Final = "timer"
 
+LIVE_KEYS: Final = """
+SELECT k.tenant_id, k.generation, k.key_id, k.key_version, k.created_at, coalesce(s.stream_type_class, k.scope_id) AS class FROM encryption_keys k
+  LEFT JOIN streams s ON k.scope_kind = 'stream' AND s.tenant_id = k.tenant_id AND s.stream_id = k.scope_id
+  WHERE k.is_active AND k.scope_kind IN ('stream', 'class')
+UNION ALL
+SELECT k.tenant_id, k.generation, k.key_id, k.key_version, k.created_at, s.stream_type_class FROM encryption_keys k
+  JOIN stream_key_history h USING (tenant_id, key_id, key_version) JOIN streams s USING (tenant_id, stream_id)
+  WHERE k.is_active AND k.scope_kind IN ('subject', 'tenant') AND h.used_to_position IS NULL"""
+"""Keys that seal, by the classes whose policies say how old they may become: a person's, and the tenant's, by the streams that they are used in."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -77,6 +87,24 @@ async def insert(
         )
         await connection.execute("SELECT pg_notify($1, '')", CHANNEL)
     await add_receipt(connection, receipt)
+
+
+async def read_up_to(connection: Connection, topic_id: str) -> dict[int, int]:
+    """{partition: offset} of the control topic, behind the last record that is here."""
+    with mapped():
+        rows = await connection.fetch("SELECT partition, next_offset FROM control_cursors WHERE topic_id = $1", topic_id)
+    return {row["partition"]: row["next_offset"] for row in rows}
+
+
+async def remember_read(connection: Connection, topic_id: str, ends: dict[int, int]) -> None:
+    with mapped():
+        await connection.execute(
+            """INSERT INTO control_cursors AS c SELECT $1, * FROM unnest($2::int[], $3::bigint[]) ON CONFLICT (topic_id, partition)
+               DO UPDATE SET next_offset = greatest(c.next_offset, excluded.next_offset)""",
+            topic_id,
+            list(ends),
+            list(ends.values()),
+        )
 
 
 async def in_outbox(connection: Connection, receipt_ids: Collection[UUID]) -> set[UUID]:
@@ -247,21 +275,12 @@ async def rotations_due(connection: Connection, now: datetime, limit: int = 500)
     """-> (tenant, class, keys made before that are too old): by the tenant's own policy before the one of `*`; none twice at a time."""
     with mapped():
         rows = await connection.fetch(
-            """
+            f"""
             WITH youngest AS (SELECT min(key_rotation_interval_days) AS days FROM encryption_policies WHERE encryption_required),
-            aged AS (
-              SELECT k.tenant_id, coalesce(s.stream_type_class, k.scope_id) AS class, k.created_at
-              FROM encryption_keys k JOIN tenants USING (tenant_id, generation)
-              LEFT JOIN streams s ON k.scope_kind = 'stream' AND s.tenant_id = k.tenant_id AND s.stream_id = k.scope_id
-              WHERE k.is_active AND k.scope_kind IN ('stream', 'class')
-                AND k.created_at < $1::timestamptz - make_interval(days => (SELECT days FROM youngest))
-              UNION ALL
-              SELECT k.tenant_id, s.stream_type_class, k.created_at FROM encryption_keys k
-              JOIN stream_key_history h USING (tenant_id, key_id, key_version) JOIN streams s USING (tenant_id, stream_id)
-              WHERE k.is_active AND k.scope_kind = 'subject' AND h.used_to_position IS NULL
-                AND k.created_at < $1::timestamptz - make_interval(days => (SELECT days FROM youngest))
-            ),
-            oldest AS (SELECT tenant_id, class, min(created_at) AS made FROM aged GROUP BY tenant_id, class)
+            oldest AS (
+              SELECT k.tenant_id, k.class, min(k.created_at) AS made FROM ({LIVE_KEYS}) k JOIN tenants USING (tenant_id, generation)
+              WHERE k.created_at < $1::timestamptz - make_interval(days => (SELECT days FROM youngest)) GROUP BY 1, 2
+            )
             SELECT o.tenant_id, o.class, $1::timestamptz - make_interval(days => p.days) AS older_than
             FROM oldest o JOIN tenants t USING (tenant_id)
             CROSS JOIN LATERAL (
@@ -272,7 +291,7 @@ async def rotations_due(connection: Connection, now: datetime, limit: int = 500)
               AND NOT EXISTS (SELECT FROM commands c WHERE c.finished_at IS NULL AND c.issuer = $2 AND c.tenant_id = o.tenant_id
                               AND c.result ->> 'class' = o.class)
             ORDER BY o.made LIMIT $3
-            """,
+            """,  # noqa: S608 (constants)
             now,
             TIMER_ISSUER,
             limit,

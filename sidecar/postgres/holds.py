@@ -9,8 +9,11 @@ from datetime import datetime
 from typing import Final
 from uuid import UUID
 
+from sidecar.core.audit import tenant_ref
 from sidecar.core.errors import CommandRejected
-from sidecar.core.model import Scope
+from sidecar.core.ledger import Entry
+from sidecar.core.model import Scope, ScopeKind
+from sidecar.postgres import ledger
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
 
@@ -57,7 +60,30 @@ async def overlapping(connection: Connection, scope: Scope) -> list[Hold]:
     """The holds in force that stand in the way of a shred of the scope, oldest first."""
     with mapped():
         rows = await connection.fetch(_OVERLAPPING, scope.tenant, scope.kind.value, scope.id)
-    return [Hold(**dict(row)) for row in rows]
+    return [Hold(**dict(row)) for row in rows] + await _foretold(connection, scope)
+
+
+async def _foretold(connection: Connection, scope: Scope) -> list[Hold]:
+    """Holds that the ledger has under pseudonyms whose names have not come up here since a restore. What they cover cannot be told yet, so
+    they stand in the way of all but another scope of their own kind."""
+    with mapped():
+        rows = await connection.fetch("SELECT ref FROM erased_refs WHERE tenant_ref = tenant_ref($1)", scope.tenant)
+    unnamed = {row["ref"] for row in rows}
+    held: dict[UUID, Entry] = {}
+    for entry in await ledger.entries_of(connection, tenant_ref(scope.tenant)) if unnamed else ():
+        if entry.act == "hold" and entry.scope_ref in unnamed:
+            held[entry.command_id] = entry
+        elif entry.act == "release":
+            gone = {entry.undoes} if entry.undoes else {hold for hold, placed in held.items() if placed.scope_ref == entry.scope_ref}
+            held = {hold: placed for hold, placed in held.items() if hold not in gone}
+    return [
+        Hold(
+            hold_id=entry.command_id, tenant_id=scope.tenant, scope_kind=entry.kind.value, scope_id="", placed_by="ledger", placed_at=entry.at,
+            reason=f"of a {entry.kind} whose name has not come up since the restore", released_at=None, released_by=None,
+        )
+        for entry in held.values()
+        if scope.kind is ScopeKind.TENANT or entry.kind is not scope.kind
+    ]  # fmt: skip
 
 
 async def refuse_held(connection: Connection, scope: Scope) -> None:
@@ -110,7 +136,10 @@ async def place(connection: Connection, scope: Scope, *, hold_id: UUID, reason: 
 
 
 async def release(connection: Connection, scope: Scope, hold_id: UUID | None, *, by: str, at: datetime) -> list[UUID]:
-    """End the tenant's hold with this id or, without one, those on just this scope; -> the ids of those that were in force."""
+    """End the tenant's hold with this id or, without one, those on just this scope; -> the ids of those that were in force.
+
+    One that only the ledger knows has no row to be ended: the entry of the release there does it.
+    """
     with mapped():
         rows = await connection.fetch(
             """UPDATE legal_holds SET released_at = $5, released_by = $6 WHERE tenant_id = $1 AND released_at IS NULL
@@ -122,7 +151,9 @@ async def release(connection: Connection, scope: Scope, hold_id: UUID | None, *,
             at,
             by,
         )
-    return [row["hold_id"] for row in rows]
+    return [row["hold_id"] for row in rows] or [
+        hold.hold_id for hold in await _foretold(connection, Scope.of_tenant(scope.tenant)) if hold.hold_id == hold_id
+    ]
 
 
 async def listed(connection: Connection, *, tenant: str | None = None, hold_id: UUID | None = None, released: bool = False) -> list[Hold]:

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from uuid import UUID
 
-from sidecar.core.ledger import Entry
+import orjson
+
+from sidecar.core import dsse
+from sidecar.core.ledger import Entry, parse_entry
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
 
@@ -132,8 +135,8 @@ async def entries(connection: Connection) -> list[Waiting]:
     return [Waiting(**dict(row)) for row in rows]
 
 
-async def envelopes_of(connection: Connection, tenant_ref: bytes) -> list[bytes]:
-    """The entries about a tenant, in order."""
+async def entries_of(connection: Connection, tenant_ref: bytes) -> list[Entry]:
+    """Those about a tenant, in order. Their signatures were verified when they came in."""
     with mapped():
         rows = await connection.fetch("SELECT envelope FROM ledger WHERE tenant_ref = $1 ORDER BY seq", tenant_ref)
-    return [row["envelope"] for row in rows]
+    return [parse_entry(dsse.parse(orjson.loads(row["envelope"])).payload) for row in rows]

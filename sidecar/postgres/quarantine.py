@@ -1,5 +1,6 @@
 """Keys in quarantine, as SQL; in the caller's transaction, with the tenant's row locked. How they come in: `shreds.take_keys`."""
 
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -44,6 +45,19 @@ async def destroy(connection: Connection, command_id: UUID) -> Keys:
     with mapped():
         rows = await connection.fetch(_DESTROY_KEKS, command_id) + await connection.fetch(_DESTROY_DEKS, command_id)
     return _keys(rows)
+
+
+async def unwatched(connection: Connection, now: datetime) -> list[tuple[UUID, Scope]]:
+    """Shreds whose grace is over, and that no command of this database is about: it learned of them from the ledger."""
+    with mapped():
+        rows = await connection.fetch(
+            """SELECT DISTINCT q.command_id, q.tenant_id, coalesce(e.scope_kind, 'tenant') AS kind, coalesce(e.scope_id, q.tenant_id) AS id
+               FROM quarantined_keys q LEFT JOIN erased_scopes e USING (tenant_id, command_id)
+               WHERE q.until <= $1 AND NOT EXISTS (SELECT FROM residue r WHERE r.command_id = q.command_id)
+                 AND NOT EXISTS (SELECT FROM commands c WHERE c.command_id = q.command_id AND c.finished_at IS NULL)""",
+            now,
+        )
+    return [(row["command_id"], Scope(tenant=row["tenant_id"], kind=ScopeKind(row["kind"]), id=row["id"])) for row in rows]
 
 
 async def commands_of(connection: Connection, scope: Scope) -> list[UUID]:

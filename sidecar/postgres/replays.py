@@ -7,12 +7,10 @@ the data plane asks (`foretold`) and waits, the control plane answers. A tenant 
 
 from collections.abc import Iterable
 from typing import Any, Final
+from uuid import UUID
 
-import orjson
-
-from sidecar.core import dsse
 from sidecar.core.audit import scope_ref, tenant_ref
-from sidecar.core.ledger import Entry, parse_entry
+from sidecar.core.ledger import Entry
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.postgres import holds, ledger, quarantine, readmissions, shreds
 from sidecar.postgres.connection import Connection
@@ -78,20 +76,11 @@ async def apply(connection: Connection, entry: Entry, scope: Scope) -> Keys:
 
 
 async def _shred(connection: Connection, entry: Entry, scope: Scope) -> Keys:
-    keys = await shreds.take_keys(connection, scope, entry.command_id, None)  # a grace is over with that
+    # Within a grace, or behind one that a hold made longer: `grace.destroy_unwatched` ends it once the holds since are known.
+    keys = await shreds.take_keys(connection, scope, entry.command_id, entry.kept_until)
     if scope.kind is ScopeKind.TENANT:
         await _set_tenant(connection, entry, scope.tenant, "shredded")
-    ends: dict[int, dict[int, int]] = {}
-    for end in entry.sources:
-        with mapped():
-            source: int = await connection.fetchval(
-                """INSERT INTO source_topics (topic, topic_id) VALUES ($1, $2)
-                   ON CONFLICT (topic, topic_id) DO UPDATE SET topic = excluded.topic RETURNING source_id""",
-                end.topic,
-                end.topic_id,
-            )
-        ends.setdefault(source, {})[end.partition] = end.end_offset
-    await shreds.record_barriers(connection, entry.command_id, scope.tenant, ends)
+    await shreds.record_barriers(connection, entry.command_id, scope.tenant, entry.sources)
     return keys
 
 
@@ -125,8 +114,7 @@ def undone(entries: Iterable[Entry]) -> set[Any]:
 
 
 async def _entries_of(connection: Connection, tenant: str) -> list[Entry]:
-    """Their signatures were verified when they came in."""
-    found = [parse_entry(dsse.parse(orjson.loads(raw)).payload) for raw in await ledger.envelopes_of(connection, tenant_ref(tenant))]
+    found = await ledger.entries_of(connection, tenant_ref(tenant))
     gone = undone(found)
     return [entry for entry in found if entry.command_id not in gone and entry.undoes not in gone]
 
@@ -189,7 +177,9 @@ async def adopt(connection: Connection, scope: Scope) -> bool:
         done = await connection.execute("DELETE FROM erased_refs WHERE ref = $1", ref)
     if str(done) != "DELETE 1":
         return False
+    placed: set[UUID] = set()
     for entry in await _entries_of(connection, scope.tenant):
-        if entry.scope_ref == ref:
+        if entry.scope_ref == ref or entry.undoes in placed:  # a hold may have been released by its id alone
             await apply(connection, entry, scope)
+            placed |= {entry.command_id} if entry.act == "hold" else set()
     return True

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
+from sidecar.postgres.commands import LIVE_KEYS
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
 
@@ -38,14 +39,13 @@ STATEMENTS: Final = {
           FROM encryption_keys k LEFT JOIN tenant_keys t USING (tenant_id, generation, kek_version) WHERE {_OF.format("k")}
         ) x GROUP BY 1, 2 ORDER BY key = 'tenant key' DESC, 1, 2""",
     "rotations_due": f"""
-        SELECT coalesce(s.stream_type_class, k.scope_id) AS class, p.days AS rotation_days, count(*) AS keys, min(k.created_at) AS oldest
-        FROM encryption_keys k JOIN tenants t USING (tenant_id)
-        LEFT JOIN streams s ON k.scope_kind = 'stream' AND s.tenant_id = k.tenant_id AND s.stream_id = k.scope_id
+        SELECT k.class, p.days AS rotation_days, count(DISTINCT (k.key_id, k.key_version)) AS keys, min(k.created_at) AS oldest
+        FROM ({LIVE_KEYS}) k JOIN tenants t USING (tenant_id, generation)
         CROSS JOIN LATERAL (
           SELECT key_rotation_interval_days AS days FROM encryption_policies
-          WHERE stream_type_class = coalesce(s.stream_type_class, k.scope_id) AND tenant_id IN (k.tenant_id, '*') ORDER BY tenant_id = '*' LIMIT 1
+          WHERE stream_type_class = k.class AND tenant_id IN (k.tenant_id, '*') ORDER BY tenant_id = '*' LIMIT 1
         ) p
-        WHERE {_OF.format("k")} AND k.is_active AND t.state = 'active' AND k.scope_kind IN ('stream', 'class')
+        WHERE {_OF.format("k")} AND t.state = 'active'
           AND k.created_at < now() - make_interval(days => p.days)
         GROUP BY 1, 2 ORDER BY oldest""",
     "rotations": f"""

@@ -4,13 +4,19 @@ so each statement is set-based and goes by an index where a tenant has millions 
 
 # ruff: noqa: S608 (statements are put together from constants of this file; what comes from outside is a parameter)
 
+<<<<<<< HEAD
 from dataclasses import dataclass, field, replace
+=======
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+>>>>>>> 6946083 (What was promised before a restore holds after it: graces, holds, accepted commands; a shred asks every configured source for its end; tenants' keys come due by age)
 from datetime import datetime
 from hashlib import sha256
 from typing import Any, Final
 from uuid import UUID
 
 from sidecar.core.errors import CommandRejected
+from sidecar.core.ledger import SourceEnd
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
@@ -93,10 +99,8 @@ async def mark_shredded(connection: Connection, tenant: str) -> None:
 async def take_keys(connection: Connection, scope: Scope, command_id: UUID, kept_until: datetime | None) -> Keys:
     """Fence the scope, and take its keys from where anybody finds them: destroyed at once, or kept in quarantine until the end of a grace.
 
-    A shred without grace ends the grace of an earlier one. Raises CommandRejected where others need one of the keys, and for a second grace.
+    A shred without grace ends the grace of an earlier one. Raises CommandRejected where others need one of the keys.
     """
-    if kept_until is not None:
-        await _refuse_second_grace(connection, scope)
     if scope.kind is ScopeKind.TENANT:
         return await _take_tenant_keys(connection, scope.tenant, command_id, kept_until)
     await refuse_shared(connection, scope)
@@ -140,7 +144,7 @@ async def take_keys(connection: Connection, scope: Scope, command_id: UUID, kept
     return keys
 
 
-async def _refuse_second_grace(connection: Connection, scope: Scope) -> None:
+async def refuse_second_grace(connection: Connection, scope: Scope) -> None:
     """While a restore of this scope, or of the class around it, would bring its keys back: one shred's restore must not undo another's."""
     of_command = "q.command_id IN (SELECT command_id FROM erased_scopes WHERE tenant_id = $1 AND readmitted_at IS NULL{})"
     condition = {
@@ -234,7 +238,7 @@ async def retire(connection: Connection, scope: Scope, older_than: datetime | No
         ScopeKind.CLASS: f"""key_id IN (
             SELECT k.key_id FROM encryption_keys k WHERE {_of_scope(Scope(tenant=scope.tenant, kind=ScopeKind.CLASS, id=scope.id))} AND k.is_active
             UNION SELECT p.key_id FROM encryption_keys p JOIN stream_key_history h USING (tenant_id, key_id) JOIN streams s USING (tenant_id, stream_id)
-            WHERE p.tenant_id = $1 AND p.scope_kind = 'subject' AND p.is_active AND s.stream_type_class = $2 AND h.used_to_position IS NULL)""",
+            WHERE p.tenant_id = $1 AND p.scope_kind IN ('subject', 'tenant') AND p.is_active AND s.stream_type_class = $2 AND h.used_to_position IS NULL)""",
         ScopeKind.STREAM: """key_id IN (
             SELECT key_id FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = 'stream' AND scope_id = $2 AND is_active
             UNION SELECT encryption_key_id FROM streams WHERE tenant_id = $1 AND stream_id = $2 AND encryption_key_id IS NOT NULL
@@ -259,23 +263,33 @@ async def retire(connection: Connection, scope: Scope, older_than: datetime | No
     return [f"{row['key_id']}/{row['key_version']}" for row in rows]
 
 
-async def record_barriers(connection: Connection, command_id: UUID, tenant: str, ends: dict[int, dict[int, int]]) -> None:
-    """Source end offsets {source_id: {partition: offset}}: what stands below is refused for ever, also after a readmission."""
-    flat = [(source, partition, offset) for source, offsets in ends.items() for partition, offset in offsets.items()]
+async def record_barriers(connection: Connection, command_id: UUID, tenant: str, ends: Sequence[SourceEnd]) -> None:
+    """What stands below a source's end is refused for ever, also after a readmission; a source that nobody has read yet is on record from now on."""
+    topics, topic_ids = [end.topic for end in ends], [end.topic_id for end in ends]
     with mapped():
         await connection.execute(
+            """INSERT INTO source_topics (topic, topic_id) SELECT DISTINCT * FROM unnest($1::text[], $2::text[]) x(topic, topic_id)
+               WHERE NOT EXISTS (SELECT FROM source_topics s WHERE (s.topic, s.topic_id) = (x.topic, x.topic_id)) ORDER BY 1, 2
+               ON CONFLICT DO NOTHING""",
+            topics,
+            topic_ids,
+        )
+        await connection.execute(
             """INSERT INTO shred_barriers (command_id, tenant_id, source_id, partition, end_offset)
-               SELECT $1, $2, * FROM unnest($3::int[], $4::int[], $5::bigint[]) ON CONFLICT DO NOTHING""",
+               SELECT $1, $2, s.source_id, x.partition, x.end_offset
+               FROM unnest($3::text[], $4::text[], $5::int[], $6::bigint[]) x(topic, topic_id, partition, end_offset)
+               JOIN source_topics s USING (topic, topic_id) ON CONFLICT DO NOTHING""",
             command_id,
             tenant,
-            [source for source, _, _ in flat],
-            [partition for _, partition, _ in flat],
-            [offset for _, _, offset in flat],
+            topics,
+            topic_ids,
+            [end.partition for end in ends],
+            [end.end_offset for end in ends],
         )
 
 
 async def source_ends(connection: Connection, command_id: UUID) -> dict[int, dict[int, int]]:
-    """As `record_barriers` put them."""
+    """{source_id: {partition: end offset}} of the shred."""
     with mapped():
         rows = await connection.fetch("SELECT source_id, partition, end_offset FROM shred_barriers WHERE command_id = $1", command_id)
     out: dict[int, dict[int, int]] = {}

@@ -2,14 +2,18 @@
 
 import base64
 import json
+import secrets
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from confluent_kafka.admin import AdminClient, NewPartitions
 
 from sidecar.core.model import Scope, ScopeKind
+from sidecar.kafka.client import client_config
+from sidecar.postgres.connection import connected
 from sidecar.testing import control_plane as kit
-from tests.acceptance.world import World, until
+from tests.acceptance.world import World, blocking, until
 
 ACME = Scope.of_tenant("acme")
 STREAMS = ("aes-1", "chacha-1", "class-1", "class-2", "tenant-1")
@@ -123,6 +127,36 @@ def test_what_is_not_shredded_is_not_readmitted_and_the_receipt_says_why(running
     assert code(stream_of("aes-1")) == "tenant_shredded"
     publish(running, b"new", ("aes-1", "chacha-1"))
     assert seen(running, "aes-1") == seen(running, "chacha-1") == ["erased"]
+
+
+def test_old_records_of_sources_that_nobody_had_read_at_the_shred_are_refused_after_a_readmission(make_world: Callable[..., World]) -> None:
+    """Of one that is named, and of one that only a pattern names; nor do partitions that came later let anything old in."""
+    more = f"more-{secrets.token_hex(5)}"
+    world = make_world(extra_sources=[{"topic": f"*.{more}"}])
+    topics = [world.create(world.topic(name)) for name in ("in", more)]
+    blocking(world.migrate)
+    blocking(lambda: seeded(world))
+    for topic in topics:
+        for partition in (0, 1):
+            world.event(topic, b"old", stream="aes-1", partition=partition)
+    world.flush()
+    with kit.control(world.config):
+        assert world.carry_out("shred", ACME)["status"] == "inaccessible"
+        assert world.carry_out("readmit", ACME)["status"] == "done"
+    AdminClient(client_config(world.settings)).create_partitions([NewPartitions(topics[0], 3)])[topics[0]].result()
+    world.run()
+    for topic in topics:
+        world.event(topic, b"new", stream="aes-1", partition=0)
+    world.event(topics[0], b"new", stream="aes-1", partition=2)
+    world.settle()
+    assert seen(world, "aes-1") == [b"new"] * 3
+    assert world.value("SELECT count(*) FROM refusals WHERE reason = 'tenant_shredded'") == 4
+
+
+async def seeded(world: World) -> None:
+    """The tenant is known; from the library, say."""
+    async with connected(world.dsn) as connection:
+        await kit.seed(connection, "acme", {"other": "Aes"})
 
 
 @pytest.mark.parametrize("at", ["readmit:accepted", "readmit:readmitted", "readmit:in ledger"])

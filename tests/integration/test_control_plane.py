@@ -439,6 +439,26 @@ async def test_rotation_by_age_follows_the_tenants_own_policy_before_the_common_
     assert [tuple(r) for r in retired] == [("acme", "FormSubmissions"), ("acme", "old")]
 
 
+async def test_a_tenants_key_is_due_by_the_shortest_interval_of_the_classes_that_use_it(world: World) -> None:
+    day, now = timedelta(days=1), datetime.now(UTC)
+    await world.database.execute(
+        """INSERT INTO encryption_policies (policy_id, stream_type_class, tenant_id, encryption_required, key_scope, key_rotation_interval_days)
+           VALUES ('a', 'Short', '*', true, 'tenant', 30), ('b', 'Long', '*', true, 'tenant', 300)"""
+    )
+    for tenant, age in (("acme", 31), ("young", 29)):
+        await kit.seed(world.database, tenant, {"s": "Short", "l": "Long"}, shared=Scope.of_tenant(tenant), created_at=now - age * day)
+    with kit.control(world.config, timer_seconds=0.2):
+        async with asyncio.timeout(30):
+            while await world.database.fetchval("SELECT count(*) FROM commands WHERE finished_at IS NOT NULL") < 1:
+                await asyncio.sleep(0.05)
+    assert await world.database.fetchval("SELECT result ->> 'class' FROM commands") == "Short"
+    assert [tuple(r) for r in await world.database.fetch("SELECT tenant_id, is_active FROM encryption_keys ORDER BY 1")] == [
+        ("acme", False),
+        ("young", True),
+    ]
+    assert await commands.rotations_due(world.database, now) == []
+
+
 # one of it, and what it does when others fail
 
 

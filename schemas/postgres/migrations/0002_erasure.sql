@@ -91,6 +91,9 @@ CREATE TABLE ledger_watermark (                  -- up to where this database ha
   deployment TEXT, topic_id TEXT, next_offset BIGINT NOT NULL DEFAULT 0, system_identifier TEXT, timeline INT, replayed_at TIMESTAMPTZ
 );
 INSERT INTO ledger_watermark DEFAULT VALUES;
+CREATE TABLE control_cursors (                   -- up to where the control topic's records are in this database: what was acked beyond is read again
+  topic_id TEXT NOT NULL, partition INT NOT NULL, next_offset BIGINT NOT NULL, PRIMARY KEY (topic_id, partition)
+);
 CREATE TABLE erased_refs (                       -- streams, classes and subjects that the ledger has entries of, and this database no name (yet)
   ref BYTEA PRIMARY KEY, tenant_ref BYTEA NOT NULL, scope_kind TEXT NOT NULL, command_id UUID NOT NULL, erased_at TIMESTAMPTZ NOT NULL
 );
