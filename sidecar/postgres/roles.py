@@ -23,13 +23,8 @@ ROLES: Final = ("data", "control", "worker", "reader", "migrator")
 
 DATA_READS = """tenants tenant_keys encryption_keys erased_scopes erased_refs encryption_policies policy_version streams stream_key_history
   source_topics messages partition_leases instances audit_log dead_letters refusals shred_barriers views seal_epochs ledger ledger_watermark
-<<<<<<< HEAD
   legal_holds policy_history consumer_checkpoints consumer_set_aside schema_migrations foretold imports"""
-NOT_FOR_DATA = "jobs quarantined_keys commands receipts residue certificates audit_checkpoints"
-=======
-  legal_holds policy_history consumer_checkpoints consumer_set_aside schema_migrations foretold"""
 NOT_FOR_DATA = "jobs control_cursors quarantined_keys commands receipts residue certificates audit_checkpoints"
->>>>>>> 6946083 (What was promised before a restore holds after it: graces, holds, accepted commands; a shred asks every configured source for its end; tenants' keys come due by age)
 _DATA_INSERTS = """tenants tenant_keys encryption_keys encryption_policies streams stream_key_history source_topics messages partition_leases
   instances audit_log dead_letters refusals views seal_epochs policy_history consumer_checkpoints consumer_set_aside foretold
   imports"""

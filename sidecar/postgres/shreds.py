@@ -4,12 +4,8 @@ so each statement is set-based and goes by an index where a tenant has millions 
 
 # ruff: noqa: S608 (statements are put together from constants of this file; what comes from outside is a parameter)
 
-<<<<<<< HEAD
-from dataclasses import dataclass, field, replace
-=======
 from collections.abc import Sequence
-from dataclasses import dataclass, field
->>>>>>> 6946083 (What was promised before a restore holds after it: graces, holds, accepted commands; a shred asks every configured source for its end; tenants' keys come due by age)
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from hashlib import sha256
 from typing import Any, Final
