@@ -143,10 +143,13 @@ def test_old_records_of_sources_that_nobody_had_read_at_the_shred_are_refused_af
     with kit.control(world.config):
         assert world.carry_out("shred", ACME)["status"] == "inaccessible"
         assert world.carry_out("readmit", ACME)["status"] == "done"
-    AdminClient(client_config(world.settings)).create_partitions([NewPartitions(topics[0], 3)])[topics[0]].result()
+    admin = AdminClient(client_config(world.settings))
+    admin.create_partitions([NewPartitions(topics[0], 3)])[topics[0]].result()
     world.run()
     for topic in topics:
         world.event(topic, b"new", stream="aes-1", partition=0)
+    world.flush()
+    world._producer = None  # one that knows the new partition
     world.event(topics[0], b"new", stream="aes-1", partition=2)
     world.settle()
     assert seen(world, "aes-1") == [b"new"] * 3
