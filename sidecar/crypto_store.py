@@ -176,9 +176,10 @@ class CryptoEventStore:
     ) -> Appended:  # fmt: skip
         """Seal and append until nobody was faster; other processes, and the sidecar, may be."""
         for attempt in range(ATTEMPTS):
-            wanted = await self._wanted(encryption, tenant, named)
+            wanted = None if encryption is None else await self._wanted(encryption, tenant, named)
             held = self._keys.in_hand(tenant, stream, wanted) or await self._keys.hold(tenant, stream, named, wanted)
-            _check_override(encryption, held)
+            if encryption is not None:
+                _check_override(encryption, held)
             try:
                 return await self._append(held, stream, events, tenant, named, expected_version, session)
             except Moved:
@@ -202,9 +203,9 @@ class CryptoEventStore:
                     raise WrongVersion("somebody else wrote to the stream") from conflict
         raise WrongVersion("the stream is written to without a pause; try again")
 
-    async def _wanted(self, encryption: EncryptionConfig | None, tenant: str, named: str) -> Encrypt | None:
+    async def _wanted(self, encryption: EncryptionConfig, tenant: str, named: str) -> Encrypt | None:
         """What an override asks for: the policy's own key scope, and a suite."""
-        if encryption is None or not encryption.encrypt_stream:
+        if not encryption.encrypt_stream:
             return None
         decision = (await self._keys.policies()).decide(tenant, named)
         base = decision if isinstance(decision, Encrypt) else Encrypt(Suite.AES_256_GCM, ScopeKind.STREAM)
@@ -258,6 +259,9 @@ class CryptoEventStore:
         documents = [None if fields is None or value is None else fields.find(value) for value, _ in encoded]
         counts = None if fields is None else [0 if found is None else len(found.places) for found in documents]
         keys = await self._keys.sealing_keys(held, persons, counts)
+        seal = self._crypto.seal
+        if isinstance(self._crypto, Aead):  # which draws all nonces at once
+            seal = Sealer(len(events) + sum(counts or ())).seal
         out = []
         each = zip(events, keys, persons, encoded, documents, strict=True)
         for position, (event, key, person, (value, content), document) in enumerate(each, start=head + 1):
@@ -267,10 +271,10 @@ class CryptoEventStore:
             stored, place = None, (of_stream, position, message_id, event.type, event.schema_version, extra)
             if document is None:
                 aad = _aad(*place, NO_FIELD, key.prefix)
-                envelope = self._crypto.seal(key.cipher, key.prefix, aad, frame(attributes, value))
+                envelope = seal(key.cipher, key.prefix, aad, frame(attributes, value))
             else:
                 bind = partial(_aad, *place)
-                stored, envelope = seal_document(document, attributes, key.prefix, bind, partial(self._crypto.seal, key.cipher))
+                stored, envelope = seal_document(document, attributes, key.prefix, bind, partial(seal, key.cipher))
                 aad = bind(digest_lp(stored), key.prefix)
             body = self._body(envelope, stored, aad, {"tombstone": True} if value is None else {})
             out.append(NewEvent(type=event.type, id=message_id, schema_version=event.schema_version, occurred_at=at, **body))
@@ -394,10 +398,10 @@ def _persons(held: Held, events: Sequence[NewEvent], values: Sequence[bytes | No
     return [subject_of(by.subject, "", None, value, headers) for value, headers in zip(values, named, strict=True)]
 
 
-def _check_override(encryption: EncryptionConfig | None, held: Held) -> None:
+def _check_override(encryption: EncryptionConfig, held: Held) -> None:
     """An override may ask for more than policy does, never for less."""
     key = held.stream.key
-    if encryption is not None and not held.is_plain:
+    if not held.is_plain:
         if not encryption.encrypt_stream:
             raise AccessDenied("this stream is encrypted; an append cannot leave it plain")
         if encryption.key_id not in (None, key and key.key_id):

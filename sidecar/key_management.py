@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final
+from typing import Final, cast
 from uuid import UUID
 
 from sidecar.clean_up import CleanUp
@@ -45,6 +45,7 @@ class Held:
     tenant: Tenant
     stream: Stream
     as_of: SealedFor
+    policies: PolicySet
 
     @property
     def is_plain(self) -> bool:
@@ -134,13 +135,18 @@ class KeyManagementService:
         found = self._streams.find(held, _raw(stream, text))
         if found is None or found.refusal:
             return None  # a refusal may have been lifted since: `hold` says
+        if wanted is None and found.held is not None and found.held.policies is self._policies:
+            return cast(Held, found.held)
         decision = wanted or self._policies.decide(tenant, found.stream_class)
         now = found.by_subject or found.key
         if isinstance(decision, Encrypt) and (now is None or now.suite is not decision.suite):
             return None
         if found.fields != (decision.fields if isinstance(decision, Encrypt) else None):
             return None  # as another call's override had it
-        return self._held(held, found, self._policies, wanted)
+        out = self._held(held, found, self._policies, wanted)
+        if wanted is None:
+            found.held = out
+        return out
 
     @staticmethod
     def _held(tenant: Tenant, stream: Stream, policies: PolicySet, wanted: Encrypt | None) -> Held:
@@ -148,7 +154,7 @@ class KeyManagementService:
             raise RecordRefused(tenant.refusal or stream.refusal or "")
         if not (stream.key or stream.by_subject) and isinstance(wanted or policies.decide(tenant.id, stream.stream_class), Encrypt):
             raise KeyUnavailable("a stream that policy encrypts has no key")  # never plaintext instead
-        return Held(tenant, stream, SealedFor(epoch=tenant.epoch, policy_version=policies.version))
+        return Held(tenant, stream, SealedFor(epoch=tenant.epoch, policy_version=policies.version), policies)
 
     async def hold(self, tenant: str, stream: str, stream_class: str, wanted: Encrypt | None = None, *, text: bool = False) -> Held:
         """What an append needs; makes and records keys that are missing. One at a time: two callers must not make the same key."""

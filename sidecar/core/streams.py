@@ -60,6 +60,8 @@ class Stream:
     """The next use that is noted changes the stream's row: it is there, and says otherwise."""
     source: Any = None
     """The lease of the partition that its last record came from."""
+    held: Any = None
+    """Of a library's: what an append needs of it, as of the policies that are named there."""
 
 
 @dataclass(slots=True, eq=False)
