@@ -76,6 +76,17 @@ class ControlProcess:
             self.kill()
 
 
+def document(name: str, bootstrap_servers: str, dsn: str, **sections: Any) -> dict[str, Any]:
+    """The least configuration of a deployment, with topics of its own; it takes unsigned commands. `sections` are added, or replace these."""
+    return {
+        "deployment": name,
+        "kafka": {"bootstrap_servers": bootstrap_servers},
+        "postgres": {"dsn": dsn},
+        "control": {"topic": f"{name}.control", "receipts": f"{name}.receipts", "ledger": f"{name}.ledger", "allow_unsigned": True},
+        "http": {"port": 0},
+    } | sections
+
+
 def write_config(folder: Path, settings: dict[str, Any]) -> Path:
     """JSON is YAML. A key file is made where the settings name no KMS of their own."""
     folder.mkdir(parents=True, exist_ok=True)

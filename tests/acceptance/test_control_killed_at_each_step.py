@@ -32,22 +32,7 @@ ACME = Scope.of_tenant("acme")
 
 async def prepare(stack: LocalStack, dsn: str, folder: Path, unique: Callable[[str], str]) -> tuple[Path, Settings, Connection, str]:
     """-> configuration, settings, database, a view topic of two partitions. The tenant has 20 streams and 30 plain events."""
-    deployment = unique("k")
-    config = kit.write_config(
-        folder,
-        {
-            "deployment": deployment,
-            "kafka": {"bootstrap_servers": stack.bootstrap_servers},
-            "postgres": {"dsn": dsn},
-            "control": {
-                "topic": f"{deployment}.control",
-                "receipts": f"{deployment}.receipts",
-                "ledger": f"{deployment}.ledger",
-                "allow_unsigned": True,
-            },
-            "http": {"port": 0},
-        },
-    )
+    config = kit.write_config(folder, kit.document(unique("k"), stack.bootstrap_servers, dsn))
     settings = load(config)
     database = await connect(dsn)
     await migrations.migrate(database)

@@ -73,18 +73,9 @@ class Plane:
         return await self.receipt(await self.send(op, scope, **changes))
 
 
-def document(stack: LocalStack, dsn: str, name: str) -> dict[str, Any]:
-    return {
-        "deployment": name,
-        "kafka": {"bootstrap_servers": stack.bootstrap_servers},
-        "postgres": {"dsn": dsn},
-        "control": {"topic": f"{name}.control", "receipts": f"{name}.receipts", "ledger": f"{name}.ledger", "allow_unsigned": True},
-    }
-
-
 @asynccontextmanager
 async def control_plane(stack: LocalStack, dsn: str, folder: Path, name: str) -> AsyncIterator[Plane]:
-    settings = load(kit.write_config(folder, document(stack, dsn, name)))
+    settings = load(kit.write_config(folder, kit.document(name, stack.bootstrap_servers, dsn)))
     database = await connect(dsn)
     await migrations.migrate(database)
 
@@ -257,7 +248,7 @@ class Race:
 @pytest.fixture
 async def race(local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str]) -> AsyncIterator[Race]:
     """No executor runs: the test takes the steps."""
-    settings = load(kit.write_config(tmp_path, document(local_stack, database, unique("h"))))
+    settings = load(kit.write_config(tmp_path, kit.document(unique("h"), local_stack.bootstrap_servers, database)))
     connection, pool = await connect(database), await open_pool(database)
     await migrations.migrate(connection)
     await kit.seed(connection, "acme", {"a": "C"})

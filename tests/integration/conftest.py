@@ -3,13 +3,13 @@
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sidecar import Library, open_library
 from sidecar.kms.file import create_key_file
 from sidecar.settings import Settings, load
+from sidecar.testing import control_plane as kit
 from sidecar.testing.local_stack import LocalStack
 
 
@@ -17,16 +17,10 @@ from sidecar.testing.local_stack import LocalStack
 def settings(local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str]) -> Settings:
     name = unique("lib")
     create_key_file(tmp_path / "kek")
-    document: dict[str, Any] = {
-        "deployment": name,
-        "kafka": {"bootstrap_servers": local_stack.bootstrap_servers},
-        "postgres": {"dsn": database},
-        "kms": {"uri": "file:./kek"},
-        "classes": [{"class": "CartData", "when": {"stream": "cart-*"}}, {"class": "Person", "when": {"stream": "person-*"}}],
-        "control": {"topic": f"{name}.control", "receipts": f"{name}.receipts", "ledger": f"{name}.ledger", "allow_unsigned": True},
-        "audit": {"topic": f"{name}.audit"},
-        "http": {"port": 0},
-    }
+    document = kit.document(
+        name, local_stack.bootstrap_servers, database, kms={"uri": "file:./kek"}, audit={"topic": f"{name}.audit"},
+        classes=[{"class": "CartData", "when": {"stream": "cart-*"}}, {"class": "Person", "when": {"stream": "person-*"}}],
+    )  # fmt: skip
     (tmp_path / "sidecar.yaml").write_text(json.dumps(document))
     return load(tmp_path / "sidecar.yaml")
 

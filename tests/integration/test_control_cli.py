@@ -31,13 +31,7 @@ def sidecar(config: Path, *words: str) -> tuple[int, Any, str]:
 
 
 def settings_of(stack: LocalStack, dsn: str, deployment: str, kafka: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {
-        "deployment": deployment,
-        "kafka": kafka or {"bootstrap_servers": stack.bootstrap_servers},
-        "postgres": {"dsn": dsn},
-        "control": {"topic": f"{deployment}.control", "receipts": f"{deployment}.receipts", "ledger": f"{deployment}.ledger", "allow_unsigned": True},
-        "http": {"port": 0},
-    }
+    return kit.document(deployment, stack.bootstrap_servers, dsn, **({"kafka": kafka} if kafka else {}))
 
 
 @pytest.fixture

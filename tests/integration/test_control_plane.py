@@ -80,22 +80,7 @@ class World:
 
 @pytest.fixture
 async def world(local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str]) -> AsyncIterator[World]:
-    deployment = unique("c")
-    config = kit.write_config(
-        tmp_path,
-        {
-            "deployment": deployment,
-            "kafka": {"bootstrap_servers": local_stack.bootstrap_servers},
-            "postgres": {"dsn": database},
-            "control": {
-                "topic": f"{deployment}.control",
-                "receipts": f"{deployment}.receipts",
-                "ledger": f"{deployment}.ledger",
-                "allow_unsigned": True,
-            },
-            "http": {"port": 0},
-        },
-    )
+    config = kit.write_config(tmp_path, kit.document(unique("c"), local_stack.bootstrap_servers, database))
     connection = await connect(database)
     await migrations.migrate(connection)
     yield World(config, load(config), connection)
