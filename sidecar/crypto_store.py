@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol, TypeVar, cast
 from uuid import UUID, uuid4
 
 from sidecar.core.aead import Cipher, Suite, lp, u32
+from sidecar.core.blind_index import tokens
 from sidecar.core.envelope import (
     NO_FIELD,
     PREFIX_BYTES,
@@ -259,6 +260,7 @@ class CryptoEventStore:
         documents = [None if fields is None or value is None else fields.find(value) for value, _ in encoded]
         counts = None if fields is None else [0 if found is None else len(found.places) for found in documents]
         keys = await self._keys.sealing_keys(held, persons, counts)
+        index = await self._keys.index_key(held) if fields is not None and fields.indexed and self._postgres is not None else None
         seal = self._crypto.seal
         if isinstance(self._crypto, Aead):  # which draws all nonces at once
             seal = Sealer(len(events) + sum(counts or ())).seal
@@ -276,8 +278,9 @@ class CryptoEventStore:
                 bind = partial(_aad, *place)
                 stored, envelope = seal_document(document, attributes, key.prefix, bind, partial(seal, key.cipher))
                 aad = bind(digest_lp(stored), key.prefix)
+            found = () if index is None or fields is None or document is None else tuple(tokens(index, document, fields.indexed))
             body = self._body(envelope, stored, aad, {"tombstone": True} if value is None else {})
-            out.append(NewEvent(type=event.type, id=message_id, schema_version=event.schema_version, occurred_at=at, **body))
+            out.append(NewEvent(type=event.type, id=message_id, schema_version=event.schema_version, occurred_at=at, tokens=found, **body))
         return out
 
     def _body(self, envelope: bytes, stored: bytes | None, aad: bytes, told: dict[str, Any]) -> dict[str, Any]:
@@ -413,7 +416,7 @@ def _overridden(decision: Decision, pointers: Sequence[str]) -> Fields | None:
     if not pointers:
         return None
     try:
-        fields = Fields(tuple(pointers))
+        fields = Fields(tuple(pointers), decision.fields.indexed if isinstance(decision, Encrypt) and decision.fields else ())
     except ValueError as error:
         raise ConfigurationError(str(error), where="EncryptionConfig.fields", mend="name each field once, by a JSON pointer") from None
     if isinstance(decision, Encrypt) and not (decision.fields is not None and set(decision.fields.pointers) <= set(fields.pointers)):

@@ -14,6 +14,7 @@ from uuid import UUID
 
 from sidecar.clean_up import CleanUp
 from sidecar.core.aead import Cipher, Suite
+from sidecar.core.blind_index import IndexKey
 from sidecar.core.envelope import Header
 from sidecar.core.errors import CommandRejected, Conflict, KeyUnavailable, RecordRefused, StoreUnavailable, UnknownKey
 from sidecar.core.keys import UseLimits
@@ -212,29 +213,48 @@ class KeyManagementService:
         if by is None and fields is None and held.stream.key is not None and len(persons) <= held.stream.key.left:
             held.stream.key.left -= len(persons)
             return [held.stream.key] * len(persons)
+        async with self._made(held.tenant) as fresh:
+            if by is not None:
+                missing = {name for name in persons if name and self._streams.find_subject(held.tenant, name, by.suite) is None}
+                await self._streams.load_subjects([(held.tenant, name, by.suite) for name in sorted(missing)], fresh)
+            self._still_in_hand(held.tenant)
+            needs: dict[SealingKey, int] = {}
+            more: dict[SealingKey, int] = {}
+            for name, count in zip(persons, fields or [0] * len(persons), strict=True):
+                key = self._key_of(held, name)
+                needs[key] = needs.get(key, 0) + 1
+                more[key] = more.get(key, 0) + count
+            self._streams.make_room(needs, fresh, more)
+        return [self._key_of(held, name) for name in persons]
+
+    async def index_key(self, held: Held) -> IndexKey:
+        """Of the tenant's blind index. Use it before the next await: it is wiped when the tenant is forgotten."""
+        if held.tenant.index_key is None:
+            async with self._made(held.tenant) as fresh:
+                self._still_in_hand(held.tenant)
+                await self._streams.index_key(held.tenant, fresh)
+        if held.tenant.index_key is None:
+            raise Moved
+        return held.tenant.index_key
+
+    def _still_in_hand(self, tenant: Tenant) -> None:
+        if self._streams.tenants.get(tenant.id.encode()) is not tenant:
+            raise Moved
+
+    @asynccontextmanager
+    async def _made(self, tenant: Tenant) -> AsyncIterator[Fresh]:
+        """What a block makes is on record at its end; or else it is nobody's key, and the tenant is forgotten. One block at a time."""
         async with self._making:
             fresh = Fresh()
             try:
-                if by is not None:
-                    missing = {name for name in persons if name and self._streams.find_subject(held.tenant, name, by.suite) is None}
-                    await self._streams.load_subjects([(held.tenant, name, by.suite) for name in sorted(missing)], fresh)
-                if self._streams.tenants.get(held.tenant.id.encode()) is not held.tenant:
-                    raise Moved
-                needs: dict[SealingKey, int] = {}
-                more: dict[SealingKey, int] = {}
-                for name, count in zip(persons, fields or [0] * len(persons), strict=True):
-                    key = self._key_of(held, name)
-                    needs[key] = needs.get(key, 0) + 1
-                    more[key] = more.get(key, 0) + count
-                self._streams.make_room(needs, fresh, more)
-                await self._record(held.tenant, fresh)
+                yield fresh
+                await self._record(tenant, fresh)
             except Conflict:
-                self._streams.discard([held.tenant.id])
+                self._streams.discard([tenant.id])
                 raise Moved from None
             except BaseException:
-                self._streams.discard([held.tenant.id])
+                self._streams.discard([tenant.id])
                 raise
-        return [self._key_of(held, name) for name in persons]
 
     def _key_of(self, held: Held, person: str | None) -> SealingKey:
         by, key = held.stream.by_subject, held.stream.key

@@ -11,9 +11,10 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from sidecar import telemetry, topics
+from sidecar.blind_index import BlindIndex, Found
 from sidecar.consumer import EventConsumer
 from sidecar.core.errors import SidecarError
 from sidecar.core.policy import Classifier
@@ -50,9 +51,14 @@ class Library:
     keys: KeyManagementService
     policies: EncryptionPolicyService
     shredding: CryptoShreddingService
+    index: BlindIndex
     classify: Classify
     sessions: Pool
     """Of consumers, which keep a connection each."""
+
+    async def find_by_field(self, tenant: str, field: str, value: Any, *, after: Found | None = None, limit: int = 1000) -> list[Found]:
+        """Events whose sealed field has this value, where policy has the field in its blind index (blind_index.py)."""
+        return await self.index.find_by_field(tenant, field, value, after=after, limit=limit)
 
     def consumer(self, name: str, *, tenant: str | None = None, classes: Sequence[str] | None = None) -> EventConsumer:
         """A subscription of that name, whose handler gets opened events and `Erased`."""
@@ -125,6 +131,7 @@ def _put_together(settings: Settings, name: str, kms_keys: KeyManagement, ledger
     plain = PostgresEventStore(pool)
     return Library(
         sessions=sessions,
+        index=BlindIndex(key_pool, kms_keys, ledger),
         classify=classify,
         store=create_crypto_event_store(plain, keys=keys, policy=classify),
         plain=plain,

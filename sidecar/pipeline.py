@@ -6,7 +6,7 @@ had staged; whatever is not known for certain is asked of Postgres and Kafka aga
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -14,12 +14,13 @@ from typing import Any
 
 from sidecar import telemetry
 from sidecar.core.aead import u32
+from sidecar.core.blind_index import tokens
 from sidecar.core.envelope import NO_FIELD, Sealer, event_aad
 from sidecar.core.errors import Conflict, KeyUnavailable, RecordError, SidecarError, Unavailable
 from sidecar.core.extract import Extractor
 from sidecar.core.fields import Bind, Document, seal_document
 from sidecar.core.policy import Classifier, PolicySet
-from sidecar.core.streams import SealingKey, Stream
+from sidecar.core.streams import SealingKey, Stream, Tenant
 from sidecar.core.view import attributes, frame
 from sidecar.dead_letters import DeadLetters
 from sidecar.event_store import Ciphers
@@ -33,6 +34,7 @@ from sidecar.persons import Persons
 from sidecar.placement import Placement
 from sidecar.ports import Clock
 from sidecar.postgres.batches import GuardSession, Refusal, TenantStates
+from sidecar.postgres.blind_index import Row
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import Fenced
 from sidecar.postgres.leases import Lease
@@ -341,6 +343,8 @@ class Pipeline:
                     clear, sealed = _seal_fields(
                         item.document, attrs, key, partial(event_aad, tenant.aad + stream.id_lp, position, id_lp, item.type_lp, 1)
                     )
+                    if stream.fields is not None and stream.fields.indexed:
+                        work.index += _index_rows(tenant, stream, position, item.document, stream.fields.indexed)
                 work.sealed += 1
             elif stream.by_subject is not None:
                 raise KeyUnavailable("a record of a person's has no key")  # never plaintext instead
@@ -438,6 +442,12 @@ class Pipeline:
 def _seal_fields(document: Document, attrs: bytes, key: SealingKey, bind: Bind) -> tuple[bytes, bytes]:
     """-> the document as it is stored, and the envelope beside it."""
     return seal_document(document, attrs, key.prefix, bind, partial(Sealer(len(document.places) + 1).seal, key.cipher))
+
+
+def _index_rows(tenant: Tenant, stream: Stream, position: int, document: Document, indexed: Sequence[str]) -> list[Row]:
+    if tenant.index_key is None:
+        raise KeyUnavailable("a tenant has no key of its index")  # it was forgotten in between
+    return [(tenant.id, token, stream.id, position) for token in tokens(tenant.index_key, document, indexed)]
 
 
 def _note_source(stream: Stream, lease: Lease) -> None:

@@ -79,6 +79,8 @@ class Placement:
             by = item.subject or item.place
             if by is not None and (sealing := by.key) is not None and item.document is not None:
                 fields[sealing] = fields.get(sealing, 0) + len(item.document.places)
+            if item.place is not None and item.place.fields is not None and item.place.fields.indexed:
+                await self._streams.index_key(self._streams.tenants[item.tenant], work.fresh)
         self._streams.make_room(needs, work.fresh, fields)
 
     def _touch(self, tenant: Tenant, item: Item) -> Touch:

@@ -43,14 +43,22 @@ async def apply(
 
 async def _upsert(connection: Connection, spec: PolicySpec, now: datetime, only_new: bool) -> Policy | None:
     algorithm = spec.algorithm if spec.encrypt else None
-    values = (spec.encrypt, algorithm, spec.key_scope, spec.rotation_days, spec.subject_extractor, list(spec.fields) or None)
+    values = (
+        spec.encrypt,
+        algorithm,
+        spec.key_scope,
+        spec.rotation_days,
+        spec.subject_extractor,
+        list(spec.fields) or None,
+        list(spec.blind_index) or None,
+    )
     old = await connection.fetchrow(
         "SELECT * FROM encryption_policies WHERE tenant_id = $1 AND stream_type_class = $2 FOR UPDATE", spec.tenant, spec.stream_class
     )
     if old is None:
         row = await connection.fetchrow(
             """INSERT INTO encryption_policies (policy_id, stream_type_class, tenant_id, encryption_required, encryption_algorithm, key_scope,
-                 key_rotation_interval_days, subject, fields, created_at, updated_at) VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$10)
+                 key_rotation_interval_days, subject, fields, blind_index, created_at, updated_at) VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$11)
                ON CONFLICT DO NOTHING RETURNING *""",
             f"{spec.tenant}/{spec.stream_class}",
             spec.stream_class,
@@ -59,13 +67,13 @@ async def _upsert(connection: Connection, spec: PolicySpec, now: datetime, only_
             now,
         )
         return policy_from_row(row) if row else None
-    columns = ("encryption_required", "encryption_algorithm", "key_scope", "key_rotation_interval_days", "subject", "fields")
+    columns = ("encryption_required", "encryption_algorithm", "key_scope", "key_rotation_interval_days", "subject", "fields", "blind_index")
     before = tuple(old[name] for name in columns)
     if only_new or before == values:
         return None
     row = await connection.fetchrow(
         """UPDATE encryption_policies SET encryption_required = $2, encryption_algorithm = $3, key_scope = $4, key_rotation_interval_days = $5,
-             subject = $6, fields = $7, version = version + 1, updated_at = $8 WHERE policy_id = $1 RETURNING *""",
+             subject = $6, fields = $7, blind_index = $8, version = version + 1, updated_at = $9 WHERE policy_id = $1 RETURNING *""",
         old["policy_id"],
         *values,
         now,
@@ -157,7 +165,7 @@ def as_spec(document: Mapping[str, Any], *, where: str) -> PolicySpec:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         at = ".".join(str(part) for part in first["loc"])
-        mend = "a policy has class, tenant, encrypt, algorithm, key_scope, subject, rotation_days, fields"
+        mend = "a policy has class, tenant, encrypt, algorithm, key_scope, subject, rotation_days, fields, blind_index"
         raise ConfigurationError(first["msg"].removeprefix("Value error, "), where=f"{where}: {at}", mend=mend) from None
 
 
@@ -173,6 +181,7 @@ def _spec(row: Any) -> PolicySpec:
     return PolicySpec(
         stream_class=policy.stream_class, tenant=policy.tenant, encrypt=policy.encrypt, algorithm=policy.suite.label,
         key_scope=policy.key_scope.value, subject=policy.subject, rotation_days=policy.rotation_days, fields=policy.fields,
+        blind_index=policy.blind_index,
     )  # fmt: skip
 
 
@@ -200,5 +209,6 @@ def _summary(policy: Policy) -> dict[str, Any]:
         "subject": policy.subject,
         "rotation_days": policy.rotation_days,
         "fields": list(policy.fields),
+        "blind_index": list(policy.blind_index),
         "version": policy.version,
     }

@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from sidecar.core.aead import Cipher, lp
+from sidecar.core.blind_index import tokens
 from sidecar.core.envelope import NO_FIELD, OVERHEAD_BYTES, PREFIX_BYTES, TEXT_PREFIX, Sealer, event_aad, open_envelope, parse_header, stream_aad
 from sidecar.core.errors import AuthenticationFailed, Conflict, KeyUnavailable, MalformedRecord, RecordError, RecordRefused
 from sidecar.core.extract import subject_of
@@ -29,7 +30,7 @@ from sidecar.core.streams import SealingKey, Stream
 from sidecar.core.view import frame, guard_stripe, parse_attributes, unframe
 from sidecar.event_store import Ciphers
 from sidecar.key_management import Held, KeyManagementService
-from sidecar.postgres import jobs
+from sidecar.postgres import blind_index, jobs
 from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.postgres.errors import Moved
 from sidecar.postgres.jobs import Chunk, Count
@@ -112,7 +113,7 @@ class Reencryption:
             return None
         ciphers, keys, persons = await self._equipped(held, stream, rows)
         async with self._as_of(held, alone=any(row["data_encrypted"] is None for row in rows)) as connection:
-            resealed = await self._reseal(connection, chunk, held.stream, list(zip(rows, keys, persons, strict=True)), ciphers)
+            resealed = await self._reseal(connection, chunk, held, list(zip(rows, keys, persons, strict=True)), ciphers)
         return Count(resealed, len(rows) - resealed), rows[-1]["stream_position"]
 
     async def _equipped(self, held: Held, stream: str, rows: Sequence[Any]) -> tuple[Ciphers, list[SealingKey | None], list[str | None]]:
@@ -123,6 +124,8 @@ class Reencryption:
             raise Moved
         persons = await self._persons(held, stream, rows, ciphers)
         keys = await self._sealing(held, persons, [_count_fields(row, held.stream.fields) for row in rows])
+        if held.stream.fields is not None and held.stream.fields.indexed:
+            await self._keys.index_key(held)
         failpoint("worker:opened")
         return ciphers, keys, persons
 
@@ -185,10 +188,10 @@ class Reencryption:
         return now is not None and (now["epoch"], now["policies"]) == (held.as_of.epoch, held.as_of.policy_version)
 
     async def _reseal(
-        self, connection: Connection, chunk: Chunk, of: Stream, wanted: Sequence[tuple[Any, SealingKey | None, str | None]], ciphers: Ciphers
+        self, connection: Connection, chunk: Chunk, held: Held, wanted: Sequence[tuple[Any, SealingKey | None, str | None]], ciphers: Ciphers
     ) -> int:
         """-> how many of the rows, each with its new key and its person. The rest does not open, has no key, or is no more as it was read."""
-        to_seal = []
+        of, to_seal = held.stream, []
         for (row, key, person), read in zip(wanted, _contents(chunk.tenant, of.id, of.fields, [row for row, _, _ in wanted], ciphers), strict=True):
             if key is not None and read is not None:
                 to_seal.append((row, key, read[0], read[1] if person is None else _named(read[1], person)))
@@ -207,6 +210,7 @@ class Reencryption:
             under.setdefault(key, []).append(row["stream_position"])
         if under:
             await self._note(connection, chunk.tenant, of, under)
+            await _note_values(connection, held, [(row["stream_position"], made[row["stream_position"]][2]) for row in written])
             await jobs.add(connection, chunk, len(written))
         return len(written)
 
@@ -277,6 +281,7 @@ class Reencryption:
             for row, (_, key, bind, content) in zip(written, made, strict=True):
                 if _opened(key.cipher, bind, row) != content:
                     raise AuthenticationFailed("what was written is not what was read")
+            await _note_values(connection, held, [(row["stream_position"], content) for row, _, _, content in made])
             await jobs.add(connection, chunk, len(made))
         return len(made)
 
@@ -373,6 +378,19 @@ def _opened(cipher: Cipher, bind: Bind, row: Any) -> Content:
     prefix = sealed[:PREFIX_BYTES]
     attributes, value = unframe(open_envelope(cipher, sealed, bind(digest_lp(stored), prefix)))
     return Content(attributes, value if stored is None else open_document(stored, value, prefix, bind, partial(open_envelope, cipher)))
+
+
+async def _note_values(connection: Connection, held: Held, written: Sequence[tuple[int, Content]]) -> None:
+    """In the blind index, of fields that are in it by now. Raises Moved if the tenant was forgotten meanwhile, and its keys with it."""
+    fields, key = held.stream.fields, held.tenant.index_key
+    if fields is None or not fields.indexed:
+        return
+    if key is None:
+        raise Moved
+    documents = [(at, content.value) for at, content in written if isinstance(content.value, Document)]
+    rows = [(held.tenant.id, token, held.stream.id, at) for at, document in documents for token in tokens(key, document, fields.indexed)]
+    if rows:
+        await blind_index.insert(connection, rows)
 
 
 def _sealed(key: SealingKey, content: Content, bind: Bind, sealer: Sealer) -> tuple[bytes, bytes | None]:

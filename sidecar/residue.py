@@ -4,7 +4,8 @@
     view          decrypted records in view topics                               residue_topics.py
     source        plaintext in source topics
     consumers     who has read a view, and must be told
-    database      dead rows of the key tables                                    residue_store.py
+    database      rows of the blind index                                        blind_index.py
+                  dead rows of the key tables                                    residue_store.py
     wal, backup   the log, and backups, by what is declared of them
     seal_epoch    what in the KMS could open any such copy
 
@@ -20,11 +21,12 @@ from typing import Any, Protocol
 from uuid import UUID
 
 from sidecar import telemetry
+from sidecar.blind_index import PLACE, IndexRows, plan_index
 from sidecar.core.command import Command, receipt_id, rfc3339
 from sidecar.core.errors import SidecarError
 from sidecar.grace import Grace
 from sidecar.notices import Notices
-from sidecar.postgres import commands, residue, shreds
+from sidecar.postgres import blind_index, commands, residue, shreds
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, transaction
 from sidecar.postgres.residue import Entry, Look, Planned, Shown
@@ -55,6 +57,7 @@ class Residue:
             "source": SourceRecords(admin),
             "consumers": Readers(settings, admin),
             "database": DeadRows(pool),
+            f"database/{PLACE}": IndexRows(pool),
             "wal": Wal(pool),
             "backup": Backups(settings, pool, clock),
             "seal_epoch": SealEpoch(pool, clock, sealing),
@@ -68,6 +71,7 @@ class Residue:
         async with transaction(self._steps.pool) as connection:
             sources = await shreds.source_topics(connection)
             ends = await shreds.source_ends(connection, job.command_id)
+            of_index = plan_index(await blind_index.any_gone(connection, command.scope))
         stored = plan_store(self._settings, job.facts, now)
         views = await self._notices.affected(command.scope)
         described = await asyncio.to_thread(self._steps.admin.describe, {view.topic for view in views} | {topic for _, topic, _ in sources})
@@ -82,7 +86,7 @@ class Residue:
             for source, topic, topic_id in sources
             if source in ends and topic in described and described[topic].topic_id == topic_id
         ]
-        return of_views + of_sources + plan_readers(views) + stored
+        return of_views + of_sources + plan_readers(views) + of_index + stored
 
     # ── working ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -98,7 +102,7 @@ class Residue:
         """Whatever goes wrong is this job's own trouble: it stays, and says why."""
         failpoint(f"residue:{entry.kind}")
         try:
-            look = await self._watches[entry.kind].act(entry)
+            look = await (self._watches.get(f"{entry.kind}/{entry.place}") or self._watches[entry.kind]).act(entry)
             return replace(look, details={name: value for name, value in look.details.items() if name != "waits_for"})
         except SidecarError as error:
             said = str(error)

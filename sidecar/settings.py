@@ -100,10 +100,8 @@ class PolicySpec(_Section):
     fields: tuple[str, ...] = ()
     """JSON pointers, `*` for every name or index: only these fields are encrypted, the rest of the document stays clear JSON. Without, all is."""
 
-    @field_validator("fields")
-    @classmethod
-    def _pointers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return Fields(value).pointers
+    blind_index: tuple[str, ...] = ()
+    """Of the fields, those whose values can be searched for: equality becomes visible within a tenant (docs/fields.md)."""
 
     @field_validator("algorithm")
     @classmethod
@@ -123,6 +121,7 @@ class PolicySpec(_Section):
 
     @model_validator(mode="after")
     def _fields_are_encrypted(self) -> Self:
+        Fields(self.fields, self.blind_index)
         if self.fields and not self.encrypt:
             raise ValueError("fields: go with encrypt: true alone")
         return self
@@ -142,6 +141,7 @@ class PolicySpec(_Section):
             subject=self.subject_extractor,
             rotation_days=self.rotation_days,
             fields=self.fields,
+            blind_index=self.blind_index,
             version=version,
         )
 

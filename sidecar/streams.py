@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from sidecar.core.aead import Cipher, Suite, lp
 from sidecar.core.audit import scope_ref
+from sidecar.core.blind_index import IndexKey, scope_of_index
 from sidecar.core.envelope import EVENT_DOMAIN, Header
 from sidecar.core.errors import KeyExhausted, KeyUnavailable
 from sidecar.core.keys import SUBJECTS_PER_BLOCK, DekRow, Kek, TenantState, UseLimits
@@ -170,6 +171,15 @@ class Streams:
             found = await self._newest([(scope.tenant, scope.kind, scope.id)])
             key = tenant.shared[scope.kind, scope.id, suite] = await self._sealing_key(tenant, scope, suite, found, fresh)
         return key
+
+    async def index_key(self, tenant: Tenant, fresh: Fresh) -> IndexKey:
+        """The key of the tenant's blind index: its newest version, made if there is none."""
+        if tenant.index_key is None:
+            scope = scope_of_index(tenant.id)
+            found = await self._newest([(scope.tenant, scope.kind, scope.id)])
+            await self._sealing_key(tenant, scope, Suite.AES_256_GCM, found, fresh)
+            tenant.index_key = open_dek(tenant.keks, found[scope].row).into_index_key()
+        return tenant.index_key
 
     async def load_subjects(self, wanted: Iterable[tuple[Tenant, str, Suite]], fresh: Fresh) -> None:
         """Persons that are not in hand, with their keys, in one round trip."""

@@ -12,6 +12,7 @@ from sidecar.event_store import Ciphers
 from sidecar.kafka.consumer import Batch, Partition
 from sidecar.kafka.producer import Outgoing
 from sidecar.postgres.batches import DeadLetter, LeaseMove, MessageRows, Refusal, StoreBatch
+from sidecar.postgres.blind_index import Row
 from sidecar.postgres.leases import Lease
 
 
@@ -81,6 +82,8 @@ class Work:
     stored_rows: list[Any] = field(default_factory=list)
     ciphers: Ciphers | None = None
     heads: dict[tuple[str, str], int] = field(default_factory=dict)
+    index: list[Row] = field(default_factory=list)
+    """Of the blind index."""
     undo: dict[Stream, int] = field(default_factory=dict)
     """Heads as they were before this batch."""
     voided: bool = False
@@ -98,4 +101,4 @@ class Work:
         fresh = {(t, stream.id): self.heads.get((t, stream.id), 0) for t, stream in self.fresh.streams}
         flush = [(t, s, position) for (t, s), position in (heads | fresh).items()]
         moves, tenants = list(self.moves.values()), list(self.tenants)
-        return StoreBatch(self.stripes, moves, tenants, self.fresh, self.rows, self.dead_letters, self.refusals, flush)
+        return StoreBatch(self.stripes, moves, tenants, self.fresh, self.rows, self.dead_letters, self.refusals, flush, self.index)

@@ -1,10 +1,13 @@
 """`sidecar events`: what the store holds, decrypted."""
 
 import base64
+import sys
 from typing import Annotated, Any
 
+import orjson
 import typer
 
+from sidecar.blind_index import BlindIndex, Found
 from sidecar.cli.context import Cli, Exit, cli, fail, run_async
 from sidecar.core.model import Erased, Event
 from sidecar.event_store import EventStore
@@ -85,3 +88,32 @@ def get(context: typer.Context, tenant: Annotated[str, typer.Option()], stream: 
     if not rows:
         fail(f"error: stream {stream} of tenant {tenant} has no position {position}")
     _show(here, rows)
+
+
+@app.command()
+def find(
+    context: typer.Context,
+    tenant: Annotated[str, typer.Option(help="The tenant.")],
+    field: Annotated[str, typer.Option(help="The pointer, as a policy's blind_index has it: /email")],
+    value: Annotated[str, typer.Option(help="A text; - reads it from standard input, which no history keeps.")],
+    number: Annotated[bool, typer.Option("--json", help="The value is JSON: a number, true or false.")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=1_000_000)] = 1000,
+) -> None:
+    """Where events are whose encrypted field has this value. Erased events are not found."""
+    here = cli(context)
+    said = sys.stdin.read().rstrip("\n") if value == "-" else value
+    try:
+        wanted = orjson.loads(said) if number else said
+    except orjson.JSONDecodeError:
+        fail("error: the value is no JSON", Exit.USAGE)
+    found = run_async(_find(here, tenant, field, wanted, limit))
+    here.show([{"tenant_id": tenant, "stream_id": event.stream, "position": event.position} for event in found])
+
+
+async def _find(here: Cli, tenant: str, field: str, value: Any, limit: int) -> list[Found]:
+    pool = await open_pool(here.settings.postgres.for_role("reader"), application_name="sidecar events")
+    try:
+        gate = LedgerGate(LedgerTopic(here.settings), here.settings.deployment)
+        return await BlindIndex(pool, KeyManagement(open_for(here.settings.kms, "reader")), gate).find_by_field(tenant, field, value, limit=limit)
+    finally:
+        await pool.close()

@@ -31,6 +31,7 @@ _COLUMNS = (
     "key_scope",
     "subject",
     "fields",
+    "blind_index",
     "key_rotation_interval_days",
     "version",
 )
@@ -60,7 +61,7 @@ def get(context: typer.Context, policy_id: str) -> None:
 
 @app.command()
 def apply(context: typer.Context, file: Annotated[Path, typer.Argument(help="YAML: a list of policies.")]) -> None:
-    """Make policies as a file says: {class, tenant, encrypt, algorithm, key_scope, subject, rotation_days, fields} each. Live within a second."""
+    """Make policies as a file says: {class, tenant, encrypt, algorithm, key_scope, subject, rotation_days, fields, blind_index} each. Live within a second."""
     here = cli(context)
     try:
         specs = TypeAdapter(list[PolicySpec]).validate_python(yaml.safe_load(file.read_text()))
@@ -70,7 +71,9 @@ def apply(context: typer.Context, file: Annotated[Path, typer.Argument(help="YAM
         first = error.errors()[0] if isinstance(error, ValidationError) else {"msg": "no YAML", "loc": ()}
         where = f"{file}: {'.'.join(str(part) for part in first['loc'])}"
         raise ConfigurationError(
-            str(first["msg"]), where=where, mend="a list of {class, tenant, encrypt, algorithm, key_scope, subject, rotation_days, fields}"
+            str(first["msg"]),
+            where=where,
+            mend="a list of {class, tenant, encrypt, algorithm, key_scope, subject, rotation_days, fields, blind_index}",
         ) from None
 
     async def main() -> list[dict[str, Any]]:

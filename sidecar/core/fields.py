@@ -64,9 +64,13 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """JSON pointers (RFC 6901) into a document; `*` stands for every name or index. Raises ValueError for what is none, or for two that can meet."""
+    """JSON pointers (RFC 6901) into a document; `*` stands for every name or index. Raises ValueError for what is none, or for two that can meet.
+
+    `indexed`: those of them whose values can be searched for (core/blind_index.py).
+    """
 
     pointers: tuple[str, ...]
+    indexed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for pointer in self.pointers:
@@ -78,6 +82,9 @@ class Fields:
             for other in self.pointers[:n]:
                 if all(a == b or "*" in (a, b) for a, b in zip(_names(one), _names(other), strict=False)):
                     raise ValueError(f"{other!r} and {one!r} can name the same field, or one lies in the other: keep one of them")
+
+        if unknown := [pointer for pointer in self.indexed if pointer not in self.pointers]:
+            raise ValueError(f"blind_index: {unknown[0]!r} is not among the fields")
 
     def find(self, value: bytes) -> Document:
         """The fields that are there; one that is absent, or whose parent is null, is none. Raises MalformedRecord (`bad_document`).
@@ -200,6 +207,12 @@ class _Walk:
 
 def _below(wanted: Sequence[list[str]], name: str) -> list[list[str]]:
     return [left[1:] for left in wanted if left[0] in (name, "*")]
+
+
+def covers(pointer: str, path: str) -> bool:
+    """Does the pointer, with its wildcards, name the place?"""
+    names, steps = pointer.split("/"), path.split("/")
+    return len(names) == len(steps) and all(name in ("*", step) for name, step in zip(names, steps, strict=True))
 
 
 def _names(pointer: str) -> list[str]:

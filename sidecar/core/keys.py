@@ -18,6 +18,7 @@ from hashlib import sha256
 from uuid import UUID
 
 from sidecar.core.aead import KEY_BYTES, NONCE_BYTES, TAG_BYTES, Cipher, Secret, Suite, derive, expand, lp, open_into, u32, wipe
+from sidecar.core.blind_index import IndexKey
 from sidecar.core.errors import AuthenticationFailed
 from sidecar.core.model import Scope, ScopeKind
 
@@ -166,6 +167,12 @@ class Dek(Secret):
         cipher = suite.cipher(self._secret)
         wipe(self._secret)
         return cipher
+
+    def into_index_key(self) -> IndexKey:
+        """The key of a blind index; the bytes of the DEK are wiped with that."""
+        key = IndexKey(derive(self._secret, "blind-index"))
+        wipe(self._secret)
+        return key
 
     def wrapped_by(self, kek: Kek, nonce: bytes) -> bytes:
         """The wrap under another KEK; the bytes of the DEK are wiped with that."""

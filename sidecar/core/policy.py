@@ -32,6 +32,7 @@ class Policy:
     subject: str | None = None
     rotation_days: int | None = None
     fields: tuple[str, ...] = ()
+    blind_index: tuple[str, ...] = ()
     version: int = 1
 
 
@@ -64,7 +65,7 @@ def _of(policy: Policy) -> Decision:
     if not policy.encrypt:
         return PLAIN
     by_subject = policy.key_scope is ScopeKind.SUBJECT
-    fields = Fields(policy.fields) if policy.fields else None
+    fields = Fields(policy.fields, policy.blind_index) if policy.fields else None
     return Encrypt(policy.suite, policy.key_scope, (policy.subject or SUBJECT_HEADER) if by_subject else None, fields)
 
 

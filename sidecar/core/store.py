@@ -48,6 +48,8 @@ class NewEvent:
     occurred_at: datetime | None = None
     subject: str | None = None
     sealed: bytes | None = field(default=None, repr=False)
+    tokens: Sequence[bytes] = field(default=(), repr=False)
+    """The decorator's: of the blind index."""
 
     def __post_init__(self) -> None:
         if self.occurred_at is not None and self.occurred_at.tzinfo is None:

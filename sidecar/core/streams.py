@@ -5,6 +5,7 @@ from typing import Any
 from uuid import UUID
 
 from sidecar.core.aead import Cipher, Secret, Suite
+from sidecar.core.blind_index import IndexKey
 from sidecar.core.fields import Fields
 from sidecar.core.keys import DekRow, Kek, KekRow, TenantState
 from sidecar.core.model import Scope, ScopeKind
@@ -97,6 +98,7 @@ class Tenant:
     shared: dict[tuple[ScopeKind, str, Suite], SealingKey] = field(default_factory=dict, repr=False)
     subjects: dict[tuple[str, Suite], Subject] = field(default_factory=dict, repr=False)
     aged_subjects: dict[tuple[str, Suite], Subject] = field(default_factory=dict, repr=False)
+    index_key: IndexKey | None = field(default=None, repr=False)
 
     @property
     def refusal(self) -> str | None:
@@ -126,6 +128,9 @@ class Tenant:
         for kek in self.keks.values():
             kek.destroy()
         self.keks.clear()
+        if self.index_key is not None:
+            self.index_key.destroy()
+            self.index_key = None
         self.streams.clear()
         self.aged.clear()
         self.shared.clear()

@@ -14,7 +14,7 @@ from sidecar.core.audit import tenant_ref
 from sidecar.core.errors import StoreUnavailable
 from sidecar.core.keys import UseLimits
 from sidecar.core.streams import Fresh
-from sidecar.postgres import audit, fresh
+from sidecar.postgres import audit, blind_index, fresh
 from sidecar.postgres.connection import Connection, connect, refuse_transaction_pooling
 from sidecar.postgres.errors import mapped
 from sidecar.postgres.leases import Lease
@@ -132,6 +132,7 @@ class StoreBatch:
     refusals: list[Refusal] = field(default_factory=list)
     flush: list[tuple[str, str, int]] = field(default_factory=list)
     """tenant, stream, position: hints of heads, of this batch and not of one that is sealed ahead."""
+    index: list[blind_index.Row] = field(default_factory=list)
 
 
 TenantStates = dict[str, tuple[str, int, int]]
@@ -193,6 +194,8 @@ class GuardSession:
                 await fresh.insert(connection, batch.fresh, self._limits, now)
                 if batch.rows.count:
                     await connection.copy_to_table("messages", source=_chunks(batch.rows.payload()), format="binary", columns=COLUMNS)
+                if batch.index:
+                    await connection.copy_records_to_table("blind_index", records=batch.index, columns=list(blind_index.COLUMNS))
                 await self._insert_outcomes(connection, batch, now)
                 await self._audit(connection, batch, now)
 

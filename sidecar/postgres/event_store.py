@@ -28,7 +28,7 @@ from sidecar.core.store import (
     encode,
 )
 from sidecar.core.view import guard_stripe, library_attributes, parse_attributes
-from sidecar.postgres import replays
+from sidecar.postgres import blind_index, replays
 from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.postgres.errors import Foretold, mapped
 
@@ -101,7 +101,7 @@ class PostgresEventStore:
         arguments = _arguments(stream, events, tenant, stream_class, expected_version, sealed_for)
         for attempt in range(ATTEMPTS):
             try:
-                return await self._append(arguments, session)
+                return await self._append(arguments, session, [(n, token) for n, event in enumerate(events) for token in event.tokens])
             except WrongVersion:
                 raise
             except Foretold:
@@ -113,14 +113,17 @@ class PostgresEventStore:
                     raise
         raise AssertionError("unreachable")
 
-    async def _append(self, arguments: Sequence[Any], session: Session | None) -> Appended:
+    async def _append(self, arguments: Sequence[Any], session: Session | None, tokens: Sequence[tuple[int, bytes]]) -> Appended:
+        """`tokens`: number of the event, row of the blind index."""
         with mapped():
-            if session is not None:
-                async with session.connection.transaction():  # a savepoint: what is refused leaves the session usable
-                    row = await session.connection.fetchrow(_APPEND, *arguments)
-            else:
-                async with self.pool.acquire() as connection:
+            async with self._reading(session) as connection:
+                if session is None and not tokens:
                     row = await connection.fetchrow(_APPEND, *arguments)
+                else:
+                    async with connection.transaction():  # in a session a savepoint: what is refused leaves it usable
+                        row = await connection.fetchrow(_APPEND, *arguments)
+                        if tokens and row is not None:
+                            await blind_index.insert(connection, [(arguments[1], token, arguments[2], row["first"] + n) for n, token in tokens])
         found: Any = row
         return Appended(first=found["first"], last=found["last"], created=found["created"])
 

@@ -142,6 +142,7 @@ def policy_from_row(row: Any) -> Policy:
         subject=row["subject"],
         rotation_days=row["key_rotation_interval_days"],
         fields=tuple(row["fields"] or ()),
+        blind_index=tuple(row["blind_index"] or ()),
         version=row["version"],
     )
 

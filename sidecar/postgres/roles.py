@@ -23,11 +23,11 @@ ROLES: Final = ("data", "control", "worker", "reader", "migrator")
 
 DATA_READS = """tenants tenant_keys encryption_keys erased_scopes erased_refs encryption_policies policy_version streams stream_key_history
   source_topics messages partition_leases instances audit_log dead_letters refusals shred_barriers views seal_epochs ledger ledger_watermark
-  legal_holds policy_history consumer_checkpoints consumer_set_aside schema_migrations foretold imports"""
+  legal_holds policy_history consumer_checkpoints consumer_set_aside schema_migrations foretold imports blind_index"""
 NOT_FOR_DATA = "jobs control_cursors quarantined_keys commands receipts residue certificates audit_checkpoints"
 _DATA_INSERTS = """tenants tenant_keys encryption_keys encryption_policies streams stream_key_history source_topics messages partition_leases
   instances audit_log dead_letters refusals views seal_epochs policy_history consumer_checkpoints consumer_set_aside foretold
-  imports"""
+  imports blind_index"""
 _DATA_UPDATES = {
     "encryption_keys": "is_active, retired_at, uses_reserved, used_outside",
     "streams": "position, is_encrypted, encrypted_from_position, encryption_key_id, encryption_algorithm, key_rotation_count, last_key_rotation",
@@ -47,7 +47,7 @@ _WORKER_UPDATES = {
     "messages": "data, data_encrypted, metadata",
     "jobs": "state, attempts, resealed, left_alone, worker, done_at",
 }
-_CONTROL_DELETES = "messages, stream_key_history, quarantined_keys, residue, erased_refs, shred_barriers, foretold"
+_CONTROL_DELETES = "messages, stream_key_history, quarantined_keys, residue, erased_refs, shred_barriers, foretold, blind_index"
 _CONTROL_UPDATES_ONLY = {
     "audit_log": "",
     "schema_migrations": "",
@@ -56,7 +56,7 @@ _CONTROL_UPDATES_ONLY = {
     "ledger": "published_at",
     "audit_checkpoints": "published_at",
 }
-_CONTROL_MAINTAINS = "tenant_keys, encryption_keys, quarantined_keys, messages"
+_CONTROL_MAINTAINS = "tenant_keys, encryption_keys, quarantined_keys, messages, blind_index"
 _HIDDEN = {"certificates": {"salt"}, "ledger": {"envelope", "command_id", "tenant_ref"}}
 _FOR_ALL = {"ledger"}
 """A reader of one tenant must see which entries the database has, or it would take it for one that lacks them."""

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from sidecar.core.blind_index import SCOPE_ID
 from sidecar.core.model import ScopeKind
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
@@ -15,7 +16,9 @@ from sidecar.postgres.errors import mapped
 _NAME = "substring({} FROM 6 FOR 20)"
 _NAME_OF_KEY = "uuid_send(k.key_id) || int4send(k.key_version)"
 
-_RETIRED = """k.tenant_id = $1 AND NOT k.is_active AND NOT k.is_destroyed AND k.key_material IS NOT NULL AND k.retired_at < $2 AND NOT k.used_outside
+# Tokens of the blind index do not say which version of its key made them: a search takes all.
+_RETIRED = f"""k.scope_id <> '{SCOPE_ID}' AND k.tenant_id = $1 AND NOT k.is_active AND NOT k.is_destroyed AND k.key_material IS NOT NULL
+  AND k.retired_at < $2 AND NOT k.used_outside
   AND k.generation = (SELECT t.generation FROM tenants t WHERE t.tenant_id = $1 AND t.state = 'active')"""
 
 # The history names the streams and the positions, so each look-up goes by the primary key of `messages`.

@@ -289,8 +289,8 @@ def test_a_role_that_may_not_make_roles_is_told_so(made: Roles) -> None:
     assert refused.returncode == 2
     printed = made.world.cli("db", "roles", "--prefix", made.prefix, "--print").stdout.decode()
     assert (
-        f"GRANT DELETE ON messages, stream_key_history, quarantined_keys, residue, erased_refs, shred_barriers, foretold TO {made.prefix}_control;"
-        in printed
+        f"GRANT DELETE ON messages, stream_key_history, quarantined_keys, residue, erased_refs, shred_barriers, foretold, blind_index "
+        f"TO {made.prefix}_control;" in printed
     )
 
 

@@ -3,3 +3,11 @@
 -- Both are set: `data` is the document with `ks1.…` strings for its sealed fields, `data_encrypted` the envelope of everything else about the event.
 ALTER TABLE messages DROP CONSTRAINT messages_check;
 ALTER TABLE messages ADD CONSTRAINT messages_hold_something CHECK (data IS NOT NULL OR data_encrypted IS NOT NULL OR is_tombstone);
+
+-- ── blind index ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+ALTER TABLE encryption_policies ADD COLUMN blind_index TEXT[];   -- of `fields`, those whose values can be searched for
+CREATE TABLE blind_index (                       -- which events hold a value: a token tells equality within the tenant, and nothing else
+  tenant_id TEXT NOT NULL, token BYTEA NOT NULL, stream_id TEXT NOT NULL, stream_position BIGINT NOT NULL,
+  PRIMARY KEY (tenant_id, token, stream_id, stream_position)
+);
+CREATE INDEX blind_index_event ON blind_index (tenant_id, stream_id, stream_position);   -- a shred removes by event

@@ -1,0 +1,109 @@
+"""Promise: events are found by an encrypted field's value; of a shredded scope nothing is found from the receipt on, and its rows are removed."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sidecar import NewEvent, open_library
+from sidecar.core.model import Scope, ScopeKind
+from tests.acceptance.test_reencryption import worker
+from tests.acceptance.world import World, until
+
+POLICIES = {
+    "install": [
+        {"class": "Aes", "fields": ["/email"], "blind_index": ["/email"]},
+        {"class": "ChaCha", "fields": ["/email"], "blind_index": ["/email"], "key_scope": "subject", "algorithm": "ChaCha20-Poly1305"},
+        {"class": "PerClass", "fields": ["/email"], "blind_index": ["/email"], "key_scope": "class"},
+    ]
+}
+JANE = "jane@example.org"
+EVERYWHERE = [("aes-1", 1), ("aes-1", 2), ("aes-2", 1), ("chacha-1", 1), ("class-1", 1)]
+
+
+@pytest.fixture
+def world(make_world: Callable[..., World]) -> World:
+    return make_world(policies=POLICIES)
+
+
+def send(world: World, stream: str, email: str = JANE, who: str = "jane", tenant: str = "acme") -> None:
+    world.event(world.topic("in"), json.dumps({"email": email}).encode(), stream=stream, tenant=tenant, headers=[("ce_subjectid", who.encode())])
+
+
+def found(world: World, value: str = JANE, tenant: str = "acme") -> list[tuple[str, int]]:
+    return [(row["stream_id"], row["position"]) for row in world.json("events", "find", "--tenant", tenant, "--field", "/email", "--value", value)]
+
+
+def rows(world: World, tenant: str = "acme") -> list[tuple[str, int]]:
+    return [tuple(row) for row in world.sql("SELECT stream_id, stream_position FROM blind_index WHERE tenant_id = $1 ORDER BY 1, 2", tenant)]
+
+
+def shred(world: World, scope: Scope) -> dict[str, Any]:
+    receipt = world.carry_out("shred", scope)
+    assert receipt["status"] == "inaccessible"
+    planned = {entry["where"]: entry["state"] for entry in receipt["residue"]}
+    assert planned["blind index"] == "pending", "`complete` waits for it"
+    return receipt
+
+
+def removed(world: World, receipt: dict[str, Any]) -> bool:
+    query = "SELECT details FROM residue WHERE command_id = $1::text::uuid AND place = 'blind index' AND state = 'done'"
+    return bool(world.sql(query, receipt["command_id"]))
+
+
+def test_what_was_shredded_is_not_found_from_the_receipt_on_and_its_rows_are_removed(world: World) -> None:
+    world.run()
+    world.control()
+    for stream, _ in EVERYWHERE:
+        send(world, stream)
+    for stream in ("aes-1", "chacha-1"):
+        send(world, stream, email="joan@example.org", who="joan")
+    send(world, "aes-1", tenant="globex")
+    world.settle()
+    assert found(world) == EVERYWHERE
+    assert found(world, "joan@example.org") == [("aes-1", 3), ("chacha-1", 2)]
+    assert world.cli("-o", "json", "events", "find", "--tenant", "acme", "--field", "/plan", "--value", "x").returncode == 2
+
+    left = set(EVERYWHERE) | {("aes-1", 3), ("chacha-1", 2)}
+    for kind, name, gone in (
+        (ScopeKind.SUBJECT, "jane", {("chacha-1", 1)}),
+        (ScopeKind.STREAM, "aes-1", {("aes-1", 1), ("aes-1", 2), ("aes-1", 3)}),
+        (ScopeKind.CLASS, "PerClass", {("class-1", 1)}),
+    ):
+        receipt = shred(world, Scope(tenant="acme", kind=kind, id=name))
+        left -= gone
+        assert found(world) == sorted(left & set(EVERYWHERE))
+        until(lambda receipt=receipt: removed(world, receipt), f"the rows of {kind} {name} to be removed")
+        assert rows(world) == sorted(left)
+    receipt = shred(world, Scope.of_tenant("acme"))
+    assert found(world) == []
+    until(lambda: removed(world, receipt), "the tenant's rows to be removed")
+    assert (rows(world), rows(world, "globex"), found(world, tenant="globex")) == ([], [("aes-1", 1)], [("aes-1", 1)])
+
+
+def test_events_that_are_converted_and_sealed_anew_are_found_too(world: World) -> None:
+    """Plain ones of a class that policy encrypts by now, and others from before the field was indexed."""
+
+    async def fill() -> None:
+        async with open_library(world.settings, writer="library-test") as library:
+            changes = {"encrypt": False, "fields": [], "blind_index": []}
+            await library.policies.update_policy("*/Aes", changes, actor="ann", reason="a test")
+            await library.store.append_to_stream("aes-1", [NewEvent(type="T", data={"email": JANE, "plan": "pro"})], tenant="acme")
+            await library.store.append_to_stream("aes-1", [NewEvent(type="T", data=b"no JSON"), NewEvent(type="T", data=None)], tenant="acme")
+            changes = {"encrypt": True, "fields": ["/email"], "blind_index": ["/email"]}
+            await library.policies.update_policy("*/Aes", changes, actor="ann", reason="a test")
+
+    world.run().stop()
+    asyncio.run(fill())
+    before = [(event["position"], event["value"]) for event in world.events("acme")]
+    world.control()
+    worker(world)
+    said = world.json("streams", "encrypt", "--tenant", "acme", "--class", "Aes", "--reason", "a test", "--wait", "60")
+    assert (said["status"], said["events"]["resealed"]) == ("done", 3)
+    forms = [tuple(row) for row in world.sql("SELECT data IS NOT NULL, data_encrypted IS NOT NULL FROM messages ORDER BY stream_position")]
+    assert forms == [(True, True), (False, True), (False, True)], "what is no document is sealed whole"
+    assert JANE.encode() not in world.value("SELECT data FROM messages WHERE stream_position = 1")
+    assert [(event["position"], event["value"]) for event in world.events("acme")] == before
+    assert found(world) == [("aes-1", 1)]
