@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sidecar.blind_index import Found as Found
     from sidecar.consumer import EventConsumer as EventConsumer
     from sidecar.core.errors import AccessDenied as AccessDenied
     from sidecar.core.errors import AuthenticationFailed as AuthenticationFailed
@@ -65,6 +66,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "EventConsumer": "consumer",
+    "Found": "blind_index",
     "AccessDenied": "core.errors",
     "AuthenticationFailed": "core.errors",
     "BrokerUnavailable": "core.errors",

@@ -92,6 +92,8 @@ def test_events_that_are_converted_and_sealed_anew_are_found_too(world: World) -
             await library.policies.update_policy("*/Aes", changes, actor="ann", reason="a test")
             await library.store.append_to_stream("aes-1", [NewEvent(type="T", data={"email": JANE, "plan": "pro"})], tenant="acme")
             await library.store.append_to_stream("aes-1", [NewEvent(type="T", data=b"no JSON"), NewEvent(type="T", data=None)], tenant="acme")
+            await library.policies.update_policy("*/Aes", {"encrypt": True, "fields": ["/email"]}, actor="ann", reason="a test")
+            await library.store.append_to_stream("aes-2", [NewEvent(type="T", data={"email": JANE})], tenant="acme")
             changes = {"encrypt": True, "fields": ["/email"], "blind_index": ["/email"]}
             await library.policies.update_policy("*/Aes", changes, actor="ann", reason="a test")
 
@@ -102,8 +104,15 @@ def test_events_that_are_converted_and_sealed_anew_are_found_too(world: World) -
     worker(world)
     said = world.json("streams", "encrypt", "--tenant", "acme", "--class", "Aes", "--reason", "a test", "--wait", "60")
     assert (said["status"], said["events"]["resealed"]) == ("done", 3)
-    forms = [tuple(row) for row in world.sql("SELECT data IS NOT NULL, data_encrypted IS NOT NULL FROM messages ORDER BY stream_position")]
+    forms = [
+        tuple(row)
+        for row in world.sql("SELECT data IS NOT NULL, data_encrypted IS NOT NULL FROM messages WHERE stream_id = 'aes-1' ORDER BY stream_position")
+    ]
     assert forms == [(True, True), (False, True), (False, True)], "what is no document is sealed whole"
-    assert JANE.encode() not in world.value("SELECT data FROM messages WHERE stream_position = 1")
+    assert JANE.encode() not in world.value("SELECT data FROM messages WHERE stream_id = 'aes-1' AND stream_position = 1")
     assert [(event["position"], event["value"]) for event in world.events("acme")] == before
     assert found(world) == [("aes-1", 1)]
+    assert world.carry_out("rotate", Scope(tenant="acme", kind=ScopeKind.STREAM, id="aes-2"))["status"] == "done"
+    said = world.json("reencrypt", "--tenant", "acme", "--stream", "aes-2", "--reason", "a test", "--wait", "60")
+    assert (said["status"], said["events"]["resealed"]) == ("done", 1)
+    assert found(world) == [("aes-1", 1), ("aes-2", 1)]

@@ -30,7 +30,7 @@ async def test_the_readmes_library_in_a_minute(application: Path, monkeypatch: p
     assert capfd.readouterr().out == "1 {'email': 'jane@example.org'}\n"
 
 
-@pytest.mark.parametrize("page", ["troubleshooting", "policies", "security"])
+@pytest.mark.parametrize("page", ["troubleshooting", "policies", "security", "fields"])
 async def test_what_other_pages_show_works_too(application: Path, library: Library, page: str) -> None:
     text = (DOCS / f"{page}.md").read_text()
     assert blocks(text)

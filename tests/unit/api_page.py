@@ -21,7 +21,7 @@ GROUPS = {
         "EventStore", "create_crypto_event_store", "CryptoEventStore", "EncryptionConfig", "DecryptionConfig", "CryptoContext", "PostgresEventStore",
         "MemoryEventStore",
     ),
-    "Events and results": ("NewEvent", "Event", "Erased", "Unreadable", "Expected", "Appended", "StreamRead", "Aggregated", "Cursor"),
+    "Events and results": ("NewEvent", "Event", "Erased", "Unreadable", "Expected", "Appended", "StreamRead", "Aggregated", "Cursor", "Found"),
     "Services": (
         "CryptoShreddingService", "EncryptionPolicyService", "KeyManagementService", "PolicySpec", "Policy", "Scope", "ScopeKind", "KeyName",
     ),
