@@ -242,12 +242,12 @@ class CryptoEventStore:
 
     async def _head(self, held: Held, stream: str, tenant: str, expected: ExpectedVersion, session: Any) -> int:
         """The version to seal for. What is remembered may be old: then the append finds out, and it is read again."""
+        if not isinstance(expected, Expected):
+            return expected
         if session is not None or self._postgres is None:
             head = (await self.base.read_stream(stream, tenant=tenant, max_count=0, session=session)).version
         else:
             head = held.stream.head
-        if not isinstance(expected, Expected):
-            return expected
         if (expected is Expected.NO_STREAM and head) or (expected is Expected.STREAM_EXISTS and not head):
             raise WrongVersion(f"the stream is at {head}")
         return head

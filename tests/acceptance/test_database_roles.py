@@ -5,6 +5,7 @@ import secrets
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -131,6 +132,23 @@ def test_a_worker_seals_events_anew_under_a_role_of_its_own(made: Roles) -> None
         assert done["status"] == "done"
     assert done["events"] == {"resealed": 10, "left": 0, "chunks": 1}
     assert world.json("events", "list", "--tenant", "acme") == before
+
+
+def test_an_import_runs_under_the_data_planes_role(made: Roles, tmp_path: Path) -> None:
+    world, table = (
+        made.world,
+        "CREATE TABLE legacy (id BIGINT PRIMARY KEY, data JSONB); INSERT INTO legacy SELECT n, '1' FROM generate_series(1, 5) n",
+    )
+    owner_does(world.dsn, table, f"GRANT SELECT ON legacy TO {made.logins['data']}")
+    (tmp_path / "map.yaml").write_text("""
+name: legacy
+source: {table: legacy}
+order: [id]
+events: {tenant: {const: acme}, stream: {const: aes-1}, position: id, type: {const: T}, data: data}
+""")
+    said = world.cli("-o", "json", "import", "--map", str(tmp_path / "map.yaml"))
+    assert said.returncode == 0, said.stderr.decode()
+    assert json.loads(said.stdout.splitlines()[-1]) | {"imported": 5, "faults": []} == json.loads(said.stdout.splitlines()[-1])
 
 
 def test_a_library_under_the_data_planes_role_is_forgotten_by_command_and_may_destroy_nothing_itself(made: Roles) -> None:

@@ -9,6 +9,7 @@ import pytest
 from sidecar.cli import main
 from sidecar.core.detection import sensitive_fields
 from sidecar.core.errors import ConfigurationError
+from sidecar.settings import PolicySpec
 
 PII: dict[str, Any] = {"type": "string", "confluent:tags": ["PII"]}
 CLEAR: dict[str, Any] = {"type": "string"}
@@ -85,6 +86,13 @@ AVRO: dict[str, tuple[Any, tuple[str, ...]]] = {
 def test_fields_of_an_avro_schema(case: str) -> None:
     schema, expected = AVRO[case]
     assert sensitive_fields(schema) == expected
+
+
+@pytest.mark.parametrize("case", [*JSON_SCHEMA, *AVRO])
+def test_what_is_found_makes_a_policy(case: str) -> None:
+    found = (JSON_SCHEMA | AVRO)[case][1]
+    if found != ("",):
+        assert PolicySpec(stream_class="C", fields=found).fields == found
 
 
 def test_tags_are_those_that_are_asked_for() -> None:
