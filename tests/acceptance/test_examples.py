@@ -59,6 +59,8 @@ async def test_a_request_forgets_a_user_and_nobody_else(application: Path) -> No
         assert forgotten.json()["inaccessible_at"]
         assert (await web.get("/users/c-17")).status_code == 410
         assert (await web.put("/users/c-17", json={"city": "Oslo"})).status_code == 410
+        again = await web.delete("/users/c-17", params={"reason": "Art. 17 request"}, timeout=60)  # as after a 503
+        assert (again.status_code, again.json()["inaccessible_at"] is not None) == (200, True)
         assert (await web.get("/users/c-18")).json() == {"email": "c-18@example.org"}
 
 
