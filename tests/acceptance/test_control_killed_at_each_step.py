@@ -1,4 +1,4 @@
-"""Promise: a control plane that is killed at any step of a shred or a rotation goes on where it was.
+"""Promise: a control plane that is killed at any step of a shred, a rotation, a hold or a release goes on where it was.
 
 One receipt of each status on the topic, no command lost, a shredded tenant never active again, the audit chain whole.
 """
@@ -10,9 +10,10 @@ import json
 import subprocess
 from collections import Counter
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -20,7 +21,7 @@ from sidecar.control import Outbox
 from sidecar.core.model import Scope
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.receipts import Outgoing, ReceiptPublisher
-from sidecar.postgres import audit, commands, migrations
+from sidecar.postgres import audit, commands, holds, migrations
 from sidecar.postgres.connection import Connection, connect, open_pool
 from sidecar.settings import Settings, load
 from sidecar.testing import control_plane as kit
@@ -132,6 +133,39 @@ async def test_rotation_killed_at(step: str, local_stack: LocalStack, database: 
     assert await db.fetchval("SELECT count(*) FROM encryption_keys WHERE is_active") == 0
     assert await db.fetchval("SELECT epoch FROM tenants") == 2
     assert await db.fetchval("SELECT count(*) FROM audit_log WHERE action = 'keys.rotate'") == 1
+    assert [problem async for _, _, problem in audit.verify(db)] == [None]
+    await db.close()
+
+
+HOLD_STEPS = ["received", "accepted", "placed", "published:done"]
+
+
+@pytest.mark.parametrize(("op", "step"), [(op, s) for op in ("hold", "release") for s in HOLD_STEPS])
+async def test_hold_and_release_killed_at(
+    op: str, step: str, local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str]
+) -> None:
+    config, settings, db, _ = await prepare(local_stack, database, tmp_path, unique)
+    if op == "release":
+        await holds.place(db, ACME, hold_id=uuid4(), reason="Case 7/26", by="test", at=datetime.now(UTC))
+    command_id, value = kit.command(settings, op, ACME)
+    name = {"accepted": f"{op}:accepted", "placed": "hold:placed" if op == "hold" else "release:released"}.get(step, step)
+    first = kit.start_control(config, failpoint=name)
+    try:
+        first.wait_ready()
+        kit.send(settings, value, key="acme")
+        assert await asyncio.to_thread(first.wait_dead) == KILLED
+    finally:
+        first.kill()
+    with kit.control(config):
+        receipts = await finished(db, command_id, settings)
+    assert [r["status"] for r in receipts] == ["accepted", "done"]
+    (held,) = await holds.listed(db, released=True)
+    assert receipts[1]["holds"] == [str(held.hold_id)]
+    assert (held.released_at is None) is (op == "hold")
+    assert len(await holds.overlapping(db, ACME)) == (op == "hold")
+    # once in the trail and once on the ledger, which has it before the receipt
+    assert await db.fetchval("SELECT count(*) FROM audit_log WHERE action LIKE 'hold.%'") == 1
+    assert len({m.key() for m in kit.read_topic(settings, settings.control.ledger)}) == 1
     assert [problem async for _, _, problem in audit.verify(db)] == [None]
     await db.close()
 
