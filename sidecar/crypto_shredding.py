@@ -40,8 +40,8 @@ class CryptoShreddingService:
     async def encrypt_event_data(self, data: Any, stream_id: str, tenant_id: str = DEFAULT_TENANT) -> str:
         """`ks1.…`: under a key of the stream, bound to tenant and stream, wherever it is kept. Data is bytes, JSON or None.
 
-        A shred of the stream or the tenant makes it unreadable as well; one of the class does if the stream has an event in the store, for a
-        stream's class is fixed by its first event. A shred of a person does not. Clean-up never destroys a key that was used here.
+        A shred of the stream, its class or the tenant makes it unreadable as well. (A stream's class is fixed by its first event in the store;
+        until then it is what the class rules say here.) A shred of a person does not. Clean-up never destroys a key that was used here.
         """
         value, content = encode(data)
         attributes = library_attributes(int(self._clock.now().timestamp() * 1000), {}, content, value is None, None)
@@ -50,7 +50,7 @@ class CryptoShreddingService:
             try:
                 [key] = await self._keys.sealing_keys(held, [None])
                 envelope = seal(key.cipher, key.prefix, data_aad(tenant_id, stream_id, key.prefix), frame(attributes, value))
-                async with self._keys.verified(tenant_id, held.as_of, [(str(key.key_id), key.version)]):
+                async with self._keys.verified(tenant_id, held.as_of, [(str(key.key_id), key.version)], held.stream.stream_class):
                     return to_text(envelope)
             except Moved:
                 self._keys.forget(tenant_id)

@@ -234,7 +234,10 @@ class CryptoEventStore:
             )
         else:
             async with self._keys.verified(
-                tenant, held.as_of, {(event.metadata["enc"]["keyId"], event.metadata["enc"]["keyVersion"]) for event in sealed}
+                tenant,
+                held.as_of,
+                {(event.metadata["enc"]["keyId"], event.metadata["enc"]["keyVersion"]) for event in sealed},
+                held.stream.stream_class,
             ):
                 done = await self.base.append_to_stream(stream, sealed, tenant=tenant, stream_class=named, expected_version=head, session=session)
         held.stream.head = done.last if session is None else held.stream.head

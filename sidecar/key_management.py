@@ -324,10 +324,13 @@ class KeyManagementService:
             yield await connection.fetchval("SELECT epoch FROM guarded($1, $2)", guard_stripe(tenant), tenant)
 
     @asynccontextmanager
-    async def verified(self, tenant: str, as_of: SealedFor, keys: Collection[tuple[str, int]] = ()) -> AsyncIterator[None]:
+    async def verified(
+        self, tenant: str, as_of: SealedFor, keys: Collection[tuple[str, int]] = (), stream_class: str | None = None
+    ) -> AsyncIterator[None]:
         """The guard around an append to a store that cannot check by itself. Raises Moved if something is not as it was.
 
-        `keys` (id, version) sealed what is appended there: they are marked, since a clean-up looks into our store alone.
+        `keys` (id, version) sealed what is appended there: they are marked, since a clean-up looks into our store alone, and a shred of the
+        stream's class has to find them.
         """
         async with transaction(self._pool) as connection:
             now = await connection.fetchrow("SELECT epoch, policies FROM guarded($1, $2)", guard_stripe(tenant), tenant)
@@ -335,9 +338,11 @@ class KeyManagementService:
                 raise Moved
             if unmarked := {key for key in keys if key not in self._marked}:
                 marked = await connection.execute(
-                    """UPDATE encryption_keys k SET used_outside = true FROM unnest($2::text[], $3::int[]) x(id, version)
+                    """UPDATE encryption_keys k SET used_outside = true,
+                         outside_class = coalesce(k.outside_class, CASE WHEN k.scope_kind = 'stream' THEN $4 END)
+                       FROM unnest($2::text[], $3::int[]) x(id, version)
                        WHERE k.tenant_id = $1 AND k.key_id = x.id::uuid AND k.key_version = x.version AND NOT k.is_destroyed""",
-                    tenant, [key_id for key_id, _ in unmarked], [version for _, version in unmarked],
+                    tenant, [key_id for key_id, _ in unmarked], [version for _, version in unmarked], stream_class,
                 )  # fmt: skip
                 if int(marked.rpartition(" ")[2]) != len(unmarked):
                     raise Moved

@@ -18,7 +18,7 @@ CHANNEL: Final = "sidecar_commands"
 TIMER_ISSUER: Final = "timer"
 
 LIVE_KEYS: Final = """
-SELECT k.tenant_id, k.generation, k.key_id, k.key_version, k.created_at, coalesce(s.stream_type_class, k.scope_id) AS class FROM encryption_keys k
+SELECT k.tenant_id, k.generation, k.key_id, k.key_version, k.created_at, coalesce(s.stream_type_class, k.outside_class, k.scope_id) AS class FROM encryption_keys k
   LEFT JOIN streams s ON k.scope_kind = 'stream' AND s.tenant_id = k.tenant_id AND s.stream_id = k.scope_id
   WHERE k.is_active AND k.scope_kind IN ('stream', 'class')
 UNION ALL

@@ -16,6 +16,7 @@ from sidecar.core.model import Scope, ScopeKind
 from sidecar.postgres import ledger
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
+from sidecar.postgres.shreds import STREAMS
 
 NAMED_AT_MOST: Final = 5
 
@@ -35,8 +36,7 @@ _OVERLAPPING = f"""
   SELECT * FROM legal_holds h
   WHERE h.tenant_id = $1 AND h.released_at IS NULL AND (
     'tenant' IN (h.scope_kind, $2::text) OR (h.scope_kind, h.scope_id) = ($2, $3) OR (
-      h.scope_kind <> $2 AND EXISTS (SELECT FROM streams s WHERE s.tenant_id = $1
-        AND {_touches("$2", "$3")}
+      h.scope_kind <> $2 AND EXISTS (SELECT FROM {STREAMS} s WHERE {_touches("$2", "$3")}
         AND {_touches("h.scope_kind", "h.scope_id")})))
   ORDER BY placed_at, hold_id"""  # noqa: S608 (constants)
 
@@ -106,11 +106,11 @@ async def refuse_gone(connection: Connection, scope: Scope) -> None:
     """
     with mapped():
         tenant_gone, scope_gone = await connection.fetchrow(  # type: ignore[misc]
-            """SELECT t.state <> 'active' AND NOT EXISTS (SELECT FROM quarantined_keys q WHERE q.tenant_id = $1),
+            f"""SELECT t.state <> 'active' AND NOT EXISTS (SELECT FROM quarantined_keys q WHERE q.tenant_id = $1),
                  EXISTS (SELECT FROM erased_scopes e WHERE e.tenant_id = $1 AND e.readmitted_at IS NULL
                    AND ((e.scope_kind, e.scope_id) = ($2, $3) OR (e.scope_kind, e.scope_id) IN (
-                     SELECT 'class', s.stream_type_class FROM streams s WHERE $2 = 'stream' AND s.tenant_id = $1 AND s.stream_id = $3)) AND NOT EXISTS (SELECT FROM quarantined_keys q WHERE q.command_id = e.command_id))
-               FROM tenants t WHERE t.tenant_id = $1""",
+                     SELECT 'class', s.stream_type_class FROM {STREAMS} s WHERE $2 = 'stream' AND s.stream_id = $3)) AND NOT EXISTS (SELECT FROM quarantined_keys q WHERE q.command_id = e.command_id))
+               FROM tenants t WHERE t.tenant_id = $1""",  # noqa: S608 (constants)
             scope.tenant,
             scope.kind.value,
             scope.id,

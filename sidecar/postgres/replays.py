@@ -19,9 +19,12 @@ from sidecar.postgres.shreds import Keys
 
 # Every name of the kind that this database has of the tenant $1, whose pseudonym is $2.
 _BY_REF: Final = {
-    ScopeKind.STREAM: "SELECT stream_id FROM streams WHERE tenant_id = $1 AND scope_ref(tenant_id, 'stream', stream_id) = $2 LIMIT 1",
+    ScopeKind.STREAM: """SELECT stream_id FROM streams WHERE tenant_id = $1 AND scope_ref(tenant_id, 'stream', stream_id) = $2
+          UNION ALL SELECT scope_id FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = 'stream'
+          AND scope_ref(tenant_id, 'stream', scope_id) = $2 LIMIT 1""",
     ScopeKind.CLASS: """SELECT id FROM (SELECT stream_type_class AS id FROM streams WHERE tenant_id = $1
           UNION SELECT stream_type_class FROM encryption_policies
+          UNION SELECT outside_class FROM encryption_keys WHERE tenant_id = $1 AND outside_class IS NOT NULL
           UNION SELECT scope_id FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = 'class') c WHERE scope_ref($1, 'class', id) = $2""",
     ScopeKind.SUBJECT: """SELECT scope_id FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = 'subject'
           AND scope_ref(tenant_id, 'subject', scope_id) = $2 LIMIT 1""",

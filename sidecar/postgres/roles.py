@@ -29,7 +29,7 @@ _DATA_INSERTS = """tenants tenant_keys encryption_keys encryption_policies strea
   instances audit_log dead_letters refusals views seal_epochs policy_history consumer_checkpoints consumer_set_aside foretold
   imports blind_index"""
 _DATA_UPDATES = {
-    "encryption_keys": "is_active, retired_at, uses_reserved, used_outside",
+    "encryption_keys": "is_active, retired_at, uses_reserved, used_outside, outside_class",
     "streams": "position, is_encrypted, encrypted_from_position, encryption_key_id, encryption_algorithm, key_rotation_count, last_key_rotation",
     "stream_key_history": "used_to_position",
     "partition_leases": "epoch, owner, next_offset",

@@ -26,6 +26,11 @@ _STREAM_KEY_IDS = """
   UNION SELECT key_id FROM stream_key_history WHERE tenant_id = $1 AND stream_id = $2
   UNION SELECT encryption_key_id FROM streams WHERE tenant_id = $1 AND stream_id = $2 AND encryption_key_id IS NOT NULL"""
 
+# Streams of the tenant $1 by class, with those that have no event here yet, but text that the library sealed, or events in another store.
+STREAMS: Final = """(SELECT stream_id, stream_type_class FROM streams WHERE tenant_id = $1
+  UNION ALL SELECT o.scope_id, o.outside_class FROM encryption_keys o WHERE o.tenant_id = $1 AND o.outside_class IS NOT NULL
+    AND NOT EXISTS (SELECT FROM streams t WHERE t.tenant_id = $1 AND t.stream_id = o.scope_id))"""
+
 _SET_ASIDE = "key_material = NULL, is_active = false, retired_at = coalesce(retired_at, now())"
 _DESTROY = "key_material = NULL, is_active = false, is_destroyed = true, destroyed_at = now()"
 
@@ -159,8 +164,8 @@ def _of_scope(scope: Scope) -> str:
     if scope.kind in (ScopeKind.STREAM, ScopeKind.SUBJECT):
         return f"k.tenant_id = $1 AND k.scope_kind = '{scope.kind}' AND k.scope_id = $2"
     # One IN, not two conditions with an OR: that is a join for the planner, where the other is a scan per key once a class is large.
-    return """k.tenant_id = $1 AND (k.scope_kind, k.scope_id) IN (
-      SELECT 'class', $2::text UNION ALL SELECT 'stream', stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2)"""
+    return f"""k.tenant_id = $1 AND (k.scope_kind, k.scope_id) IN (
+      SELECT 'class', $2::text UNION ALL SELECT 'stream', stream_id FROM {STREAMS} s WHERE stream_type_class = $2)"""
 
 
 async def _take_tenant_keys(connection: Connection, tenant: str, command_id: UUID, kept_until: datetime | None) -> Keys:

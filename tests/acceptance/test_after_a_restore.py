@@ -156,6 +156,20 @@ async def test_within_a_grace_a_replayed_shred_can_still_be_taken_back(restored:
     assert len(await restored.sql("SELECT 1 FROM encryption_keys WHERE key_material IS NOT NULL AND is_active")) == 1
 
 
+async def test_a_replayed_shred_finds_the_key_of_a_stream_that_has_texts_and_no_event(restored: Restored) -> None:
+    for dsn in (restored.dsn, restored.backup):
+        async with connected(dsn) as connection:
+            await connection.execute(
+                """INSERT INTO encryption_keys (tenant_id, key_id, scope_kind, scope_id, generation, kek_version, key_material, commitment)
+                   SELECT tenant_id, md5('text')::uuid, 'stream', 'text', generation, kek_version, key_material, commitment FROM encryption_keys"""
+            )
+    async with restored.before() as plane:
+        await plane.carry_out("shred", Scope(tenant="acme", kind=ScopeKind.STREAM, id="text"))
+    await restored.replay()
+    live = await restored.sql("SELECT scope_id FROM encryption_keys WHERE key_material IS NOT NULL")
+    assert [row["scope_id"] for row in live] == ["a"]
+
+
 # a hold whose name has not come up
 
 

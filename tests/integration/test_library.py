@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,9 @@ from sidecar.core.errors import (
     UnknownKey,
 )
 from sidecar.core.model import Scope, ScopeKind
+from sidecar.sending import Sender
 from sidecar.settings import Settings
+from sidecar.steps import SystemClock
 from sidecar.testing import control_plane as kit
 
 
@@ -173,6 +176,34 @@ async def test_what_is_forgotten_reads_as_erased_and_is_refused(library: Library
         with pytest.raises(AccessDenied):
             await library.shredding.forget_tenant_data("acme", reason="Art. 17 request")
         assert (await library.store.read_stream("user-2", tenant="acme")).version == 2
+
+
+async def test_a_shred_of_the_class_reaches_text_of_a_stream_without_events_and_a_hold_on_the_stream_stands_in_its_way(
+    library: Library, settings: Settings, tmp_path: Path
+) -> None:
+    service = library.shredding
+    mine, others = [await service.encrypt_event_data("secret", stream, "acme") for stream in ("user-1", "cart-1")]
+    await service.rotate_stream_key("user-1", "acme")
+    later = await service.encrypt_event_data("later", "user-1", "acme")
+    of_class = Scope(tenant="acme", kind=ScopeKind.CLASS, id=service._classify("user-1", ""))
+    stream = Scope(tenant="acme", kind=ScopeKind.STREAM, id="user-1")
+
+    async def carried_out(op: str, scope: Scope) -> dict[str, Any]:
+        return await Sender(settings, SystemClock())(op, scope, "a test", {})
+
+    with kit.control(tmp_path / "sidecar.yaml"):
+        assert (await carried_out("hold", stream))["status"] == "done"
+        assert (await carried_out("shred", of_class))["error"]["code"] == "legal_hold"
+        assert await service.decrypt_event_data(mine, "user-1", "acme") == "secret"
+        assert (await carried_out("release", stream))["status"] == "done"
+        receipt = await carried_out("shred", of_class)
+        assert (receipt["status"], receipt["keys"]["count"]) == ("inaccessible", 2)
+        for text in (mine, later):
+            with pytest.raises(KeyShredded):
+                await service.decrypt_event_data(text, "user-1", "acme")
+        with pytest.raises(RecordRefused):
+            await service.encrypt_event_data("again", "user-1", "acme")
+        assert await service.decrypt_event_data(others, "cart-1", "acme") == "secret"
 
 
 async def test_a_key_is_destroyed_by_name_with_all_its_versions_and_a_tenants_by_the_tenant(library: Library, tmp_path: Path) -> None:

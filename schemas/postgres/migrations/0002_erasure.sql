@@ -116,6 +116,8 @@ CREATE UNIQUE INDEX one_active_key ON encryption_keys (tenant_id, scope_kind, sc
 
 -- ── persons' keys ───────────────────────────────────────────────────────────────────────────────────────────────────
 ALTER TABLE encryption_keys ADD COLUMN used_outside BOOLEAN NOT NULL DEFAULT false;   -- the library sealed with it what stands in another store: no clean-up
+ALTER TABLE encryption_keys ADD COLUMN outside_class TEXT;   -- the class of that stream, which has no row among `streams` until its first event here
+CREATE INDEX encryption_keys_outside ON encryption_keys (tenant_id, outside_class) WHERE outside_class IS NOT NULL;
 CREATE INDEX stream_key_history_key ON stream_key_history (tenant_id, key_id);   -- which streams hold events of a key: a person's, a shared one's
 
 CREATE INDEX encryption_keys_retired ON encryption_keys (tenant_id, key_id, key_version) WHERE NOT is_active AND NOT is_destroyed;   -- what a clean-up looks at
