@@ -9,7 +9,7 @@ from tests.acceptance.world import World
 
 ACME = Scope.of_tenant("acme")
 CLASS = Scope(tenant="acme", kind=ScopeKind.CLASS, id="Aes")
-OF_THE_COMMAND = {"commands", "receipts", "audit_log", "audit_checkpoints", "instances"}
+OF_THE_COMMAND = {"commands", "control_cursors", "receipts", "audit_log", "audit_checkpoints", "instances"}
 
 
 @pytest.fixture
