@@ -111,7 +111,7 @@ class ImportMap(_Section):
 
 def load_map(file: Path) -> ImportMap:
     """Raises ConfigurationError: what, where, how to mend. Never quotes the file: a password may stand in it."""
-    mend = "schemas/examples/import-emmett.yaml is one that fits"
+    mend = "docs/migration.md has maps that fit"
     try:
         found = ImportMap.model_validate(yaml.safe_load(file.read_text()))
     except OSError as error:

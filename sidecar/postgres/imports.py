@@ -149,7 +149,11 @@ class Source:
 @asynccontextmanager
 async def open_source(dsn: str, table: Table) -> AsyncIterator[Source]:
     """For the length of a block. Nothing can be changed through it."""
-    connection = await connect(dsn, application_name="sidecar import")
+    try:
+        connection = await connect(dsn, application_name="sidecar import")
+    except ValueError:  # it quotes what it cannot read, and that may be a part of the password
+        mend = "postgresql://user:password@host:port/database; what is no letter or digit in a password is %-encoded"
+        raise ConfigurationError("the dsn cannot be read", where="source.dsn", mend=mend) from None
     try:
         with mapped():
             await connection.execute("SET default_transaction_read_only = on")

@@ -17,7 +17,7 @@ import yaml
 
 from sidecar import Erased, Event, Library, NewEvent, PolicySpec
 from sidecar import importing as module
-from sidecar.core.errors import ConfigurationError, Conflict, MalformedRecord
+from sidecar.core.errors import ConfigurationError, Conflict, MalformedRecord, SidecarError
 from sidecar.import_map import ImportMap, load_map
 from sidecar.importing import Import, Verified
 from sidecar.postgres import audit, imports
@@ -25,6 +25,7 @@ from sidecar.postgres.connection import transaction
 from sidecar.postgres.imports import open_source
 from sidecar.settings import Settings
 from sidecar.steps import SystemClock
+from sidecar.testing import control_plane as kit
 
 EXAMPLES = Path(__file__).parents[2] / "schemas" / "examples"
 
@@ -384,6 +385,27 @@ async def test_the_name_of_an_import_belongs_to_one_table_and_one_order(shop: st
     await carried(library, shop, emmett())
     with pytest.raises(ConfigurationError, match="was begun from"):
         await carried(library, shop, emmett(order=["stream_id", "stream_position", "partition", "is_archived"]))
+
+
+async def test_a_shred_in_the_middle_of_an_import_wins(shop: str, library: Library, settings: Settings, tmp_path: Path) -> None:
+    assert settings.control.allow_unsigned
+    with kit.control(tmp_path / "sidecar.yaml"):
+        async with ready(library, shop, emmett()) as work:
+            async for at in work.run():
+                if at.imported == 6:
+                    receipt = await library.shredding.forget_tenant_data("acme", reason="r")
+                    assert receipt["status"] == "inaccessible"
+            verified = await work.verify()
+    assert (verified.faults, verified.imported, verified.refused) == ([], 6, 6)
+    assert [event.stream for event in await ours(library)] == ["cart-1", "cart-1"], "plain events are not made unreadable by keys"
+
+
+@pytest.mark.parametrize("dsn", ["postgresql://me:the/password@host:5432/x", "postgresql://me@host:the-password/x", "the-password"])
+async def test_a_dsn_that_is_none_is_not_quoted(dsn: str) -> None:
+    with pytest.raises(SidecarError) as caught:
+        async with open_source(dsn, emmett().table()):
+            pass
+    assert "password" not in str(caught.value).partition("mend:")[0]
 
 
 async def test_the_source_cannot_be_changed_through_its_session(shop: str) -> None:
