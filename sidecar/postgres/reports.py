@@ -56,6 +56,7 @@ STATEMENTS: Final = {
           c.receipt ->> 'inaccessible_at' AS inaccessible_at, c.receipt ->> 'irrecoverable_at' AS irrecoverable_at,
           (c.receipt #>> '{{keys,count}}')::bigint AS keys, (c.receipt #>> '{{events,unreadable}}')::bigint AS events_unreadable,
           (c.receipt #>> '{{events,plain_remaining}}')::bigint AS plain_events_remaining,
+          (c.receipt #>> '{{events,clear_remainders}}')::bigint AS clear_remainders,
           (SELECT count(*) FILTER (WHERE r.state <> 'done') || ' of ' || count(*) FROM residue r WHERE r.command_id = c.command_id) AS outstanding,
           (SELECT coalesce(jsonb_agg(e.certificate_id ORDER BY e.created_at), '[]') FROM certificates e WHERE e.command_id = c.command_id) AS certificates,
           c.command_id

@@ -19,7 +19,7 @@ from sidecar.postgres import roles
 from sidecar.postgres.connection import connect
 from sidecar.postgres.errors import mapped
 from sidecar.settings import load
-from tests.acceptance.world import World, blocking
+from tests.acceptance.world import World, blocking, until
 
 
 @dataclass
@@ -110,6 +110,15 @@ def test_both_planes_work_under_their_own_roles(made: Roles) -> None:
     assert (receipt["status"], receipt["events"]["unreadable"]) == ("inaccessible", 20)
     assert {event["status"] for event in world.json("events", "list", "--tenant", "acme")} <= {"erased"}
     assert {event["status"] for event in world.json("events", "list", "--tenant", "zeta")} == {"ok"}
+    (world.folder / "siv.yaml").write_text('[{"class": "Siv", "fields": ["/email"], "blind_index": ["/email"]}]')
+    world.json("policy", "apply", str(world.folder / "siv.yaml"))
+    world.event(f"{world.name}.in", b'{"email": "jane"}', tenant="zeta", stream="siv-1")
+    world.settle()
+    find = ("events", "find", "--tenant", "zeta", "--field", "/email", "--value", "jane")
+    assert [row["stream_id"] for row in world.json(*find)] == ["siv-1"]
+    world.json("shred", "--tenant", "zeta", "--stream", "siv-1", "--reason", "r", "--yes", "--wait", "60")
+    assert world.json(*find) == []
+    until(lambda: world.value("SELECT count(*) FROM blind_index") == 0, "the control role to remove the rows")
     for words in (("receipts", "list"), ("audit", "tail"), ("audit", "verify"), ("status",), ("dlq", "list"), ("holds", "list"), ("policy", "list")):
         world.json(*words)
     world.json("db", "migrate")

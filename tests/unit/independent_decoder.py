@@ -159,13 +159,14 @@ def read_header(envelope: bytes) -> dict[str, Any]:
     }
 
 
-def event_aad(row: dict[str, Any], envelope: bytes) -> bytes:
+def event_aad(row: dict[str, Any], envelope: bytes, field: bytes | None = None) -> bytes:
+    """`field`: what stands in the place of the field path, where that is no path."""
     aad: bytes = (
         length_prefixed(b"ks/event/v1", row["tenant"].encode(), row["stream"].encode())
         + row["position"].to_bytes(8, "big")
         + length_prefixed(row["message_id"].encode(), row["type"].encode())
         + row["schema_version"].to_bytes(4, "big")
-        + length_prefixed(row["field_path"].encode())
+        + length_prefixed(row["field_path"].encode() if field is None else field)
         + envelope[0:25]
     )
     return aad
@@ -178,6 +179,24 @@ def data_aad(row: dict[str, Any], envelope: bytes) -> bytes:
 def open_envelope(envelope: bytes, dek: bytes, aad: bytes) -> bytes:
     suite: int = read_header(envelope)["suite"]
     return SUITES[suite](hkdf_expand(dek, "enc", bytes([suite])), envelope[25:37], envelope[37:], aad)
+
+
+def open_document(stored: bytes, envelope: bytes, dek: bytes, row: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """-> attributes, the document as it was appended."""
+    attributes, listed = unframe(open_envelope(envelope, dek, event_aad(row, envelope, hashlib.sha256(stored).digest())))
+    out = stored
+    for path, at in reversed(json.loads(listed)):  # from behind, so that the offsets stay right
+        end = out.index(b'"', at + 1)
+        field = from_text(out[at + 1 : end].decode())
+        head = read_header(field)
+        if not head["field"] or head["framed"] or head["key_id"] != read_header(envelope)["key_id"]:
+            raise Rejected("no field of this event")
+        out = out[:at] + open_envelope(field, dek, event_aad(row | {"field_path": path}, field)) + out[end + 1 :]
+    return attributes, out
+
+
+def blind_index_token(dek: bytes, pointer: str, value: bytes) -> bytes:
+    return hmac.new(hkdf_expand(dek, "blind-index"), length_prefixed(b"ks/blind-index/v1", pointer.encode(), value), hashlib.sha256).digest()
 
 
 def unframe(plaintext: bytes) -> tuple[dict[str, Any], bytes]:

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import os
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,10 +12,11 @@ from uuid import UUID
 
 import pytest
 
-from sidecar.core import audit, keys, view
+from sidecar.core import audit, blind_index, keys, view
 from sidecar.core.aead import Suite, lp
 from sidecar.core.envelope import Header, data_aad, event_aad, from_text, open_envelope, parse_header, seal, stream_aad, to_text
 from sidecar.core.errors import AuthenticationFailed
+from sidecar.core.fields import digest_lp, open_document
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.kms.file import FileKms
 from tests.unit import independent_decoder as second
@@ -34,6 +36,7 @@ def named(vectors: list[Vector]) -> pytest.MarkDecorator:
 ENVELOPES: list[Vector] = load("envelopes-v1.json")
 WRAPS: dict[str, list[Vector]] = load("wraps-v1.json")
 AUDIT: Vector = load("audit-v1.json")
+DOCUMENTS: Vector = load("documents-v1.json")
 
 
 def make() -> ModuleType:
@@ -192,3 +195,34 @@ def test_second_decoder_shares_no_code_with_the_product() -> None:
     imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not [name for name in imported if name.startswith(("sidecar", "tests"))]
     assert not [name for name in imported if "aead" in name or "hkdf" in name]
+
+
+@named(DOCUMENTS["documents"])
+def test_golden_document_opens_with_our_code_and_with_a_second_decoder(vector: Vector) -> None:
+    stored, envelope, dek = (bytes.fromhex(vector[name]) for name in ("stored", "envelope", "dek"))
+    at = (vector["position"], lp(vector["message_id"].encode()), lp(vector["type"].encode()), 1)
+    bind = partial(event_aad, stream_aad(vector["tenant"].encode(), vector["stream"].encode()), *at)
+    head, prefix = parse_header(envelope), envelope[:25]
+    cipher = head.suite.cipher(dek)
+    attributes, listed = view.unframe(open_envelope(cipher, envelope, bind(digest_lp(stored), prefix)))
+    assert attributes.decode() == vector["attributes"]
+    read = open_document(stored, listed, prefix, bind, partial(open_envelope, cipher))
+    assert read.text.encode() == bytes.fromhex(vector["value"])
+    assert (head.suite, head.key_version, head.framed, head.field) == (vector["suite"], vector["key_version"], True, False)
+    again = second.open_document(stored, envelope, dek, vector)
+    assert again == (json.loads(vector["attributes"]), bytes.fromhex(vector["value"]))
+    for changed in (stored + b" ", stored.replace(b"plan", b"Plan"), b"{}", bytes.fromhex(vector["value"])):
+        if changed != stored:
+            with pytest.raises(second.Rejected):
+                second.open_document(changed, envelope, dek, vector)
+            with pytest.raises(AuthenticationFailed):
+                open_envelope(cipher, envelope, bind(digest_lp(changed), prefix))
+
+
+@named(DOCUMENTS["index"]["tokens"])
+def test_golden_token_is_ours_and_a_second_decoders(vector: Vector) -> None:
+    dek, value = bytes.fromhex(DOCUMENTS["index"]["dek"]), blind_index.canonical(vector["json"])
+    assert value == bytes.fromhex(vector["canonical"])
+    name = keys.KeyName(scope=blind_index.scope_of_index("acme"), key_id=UUID(int=0), version=1, generation=1)
+    assert keys.Dek(name, bytearray(dek)).into_index_key().token(vector["pointer"], value).hex() == vector["token"]
+    assert second.blind_index_token(dek, vector["pointer"], value).hex() == vector["token"]

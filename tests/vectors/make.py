@@ -14,13 +14,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 from uuid import UUID
 
-from sidecar.core import audit, keys, view
+from sidecar.core import audit, blind_index, fields, keys, view
 from sidecar.core.aead import Suite, lp
 from sidecar.core.envelope import Header, data_aad, event_aad, seal, stream_aad, to_text
 from sidecar.core.model import Scope, ScopeKind
@@ -121,6 +123,43 @@ def envelopes() -> list[dict[str, Any]]:
     return events + [_data(suite) for suite in Suite]
 
 
+def documents() -> dict[str, Any]:
+    """One document per suite of which fields are sealed; tokens of a blind index."""
+    values = [
+        b' {"email" : "jane@acme.com", "n": 1.50, "items":[{"to":"Jane","q":1},{"q":2}], "note":"ks1.not ours", "x":{"\\u0061/b":null}} ',
+        '{"email":{"first":"\u00fcber","all":[1,true]},"items":[],"plan":"\u2028"}'.encode(),
+        b'{"plan":"free"}',
+    ]
+    pointers, made = ("/email", "/items/*/to", "/x/a~1b"), []
+    for number, (suite, value) in enumerate(zip(Suite, values, strict=True)):
+        name = f"{suite.label} document"
+        head = _header(name, suite, list(ScopeKind)[number], 1 + number, framed=True, field=False)
+        row: dict[str, Any] = {"tenant": "acme", "stream": "jane@acme.com", "position": 7 + number, "message_id": f"m-{number}", "type": "T"}
+        attributes = view.attributes(b"jane", 1_795_435_200_123, [("trace", b"abc")], False)
+        of_stream = stream_aad(row["tenant"].encode(), row["stream"].encode())
+        bind = partial(event_aad, of_stream, row["position"], lp(row["message_id"].encode()), lp(row["type"].encode()), 1)
+        dek, drawn = fixed(f"dek {name}"), count()
+        with patch.object(os, "urandom", lambda size, name=name, drawn=drawn: fixed(f"nonce {name} {next(drawn)}", size)):
+            stored, sealed = fields.seal_document(
+                fields.Fields(pointers).find(value), attributes, head.prefix(), bind, partial(seal, suite.cipher(dek))
+            )  # fmt: skip
+        row |= {"schema_version": 1, "field_path": ""}
+        parts = {"value": value.hex(), "stored": stored.hex(), "envelope": sealed.hex(), "attributes": attributes.decode()}
+        made.append({"name": name, "suite": suite.value, "pointers": pointers, "dek": dek.hex(), "key_version": 1 + number, **row, **parts})
+    of_index = fixed("dek of the blind index")
+    name_of = keys.KeyName(
+        scope=blind_index.scope_of_index("acme"), key_id=UUID(bytes=fixed("key id of the blind index", 16)), version=1, generation=1
+    )
+    key = keys.Dek(name_of, bytearray(of_index)).into_index_key()
+    texts = ('"jane@acme.com"', '"\\u00fcber"', '""', "1", "-12.50", "0.0", "1e3", "true", "false")
+    found = [(text, blind_index.searched(text)) for text in texts]
+    listed = [
+        {"name": f"token of {text}", "pointer": "/email", "json": text, "canonical": v.hex(), "token": key.token("/email", v).hex()}
+        for text, v in found
+    ]
+    return {"documents": made, "index": {"dek": of_index.hex(), "tokens": listed}}
+
+
 def wraps() -> dict[str, Any]:
     """DEK wraps, KEK payloads and the file KMS."""
     deks, keks, by_file = [], [], []
@@ -214,7 +253,12 @@ def audit_chain() -> dict[str, Any]:
     return {"genesis": audit.GENESIS.hex(), "tenant_refs": {t: audit.tenant_ref(t).hex() for t in ("acme", "globex")}, "rows": rows}
 
 
-FILES: dict[str, Callable[[], Any]] = {"envelopes-v1.json": envelopes, "wraps-v1.json": wraps, "audit-v1.json": audit_chain}
+FILES: dict[str, Callable[[], Any]] = {
+    "envelopes-v1.json": envelopes,
+    "wraps-v1.json": wraps,
+    "audit-v1.json": audit_chain,
+    "documents-v1.json": documents,
+}
 
 
 def write(folder: Path) -> list[str]:
