@@ -180,11 +180,17 @@ async def tenants_waiting(connection: Connection) -> list[str]:
 
 
 async def next_job(connection: Connection, tenant: str) -> Job | None:
-    """What is to be done next for a tenant: shreds, holds and readmissions before all others, in the order they came; one that was begun first of all."""
+    """What is to be done next for a tenant: shreds, holds and readmissions before all others, in the order they came; one that was begun first of all.
+
+    But a shred that deletes plain events (`noticed`: its keys are gone, what is left may take long) lets the next one past, if that is a shred too.
+    """
     with mapped():
         row = await connection.fetchrow(
-            """SELECT * FROM commands WHERE tenant_id = $1 AND finished_at IS NULL
-               ORDER BY op NOT IN ('shred', 'hold', 'release', 'readmit'), step IS NULL, received_at, command_id LIMIT 1""",
+            """WITH waiting AS (SELECT *, op IN ('shred', 'hold', 'release', 'readmit') AS urgent FROM commands WHERE tenant_id = $1 AND finished_at IS NULL),
+               numbered AS (SELECT *, row_number() OVER (PARTITION BY urgent, step IS NULL ORDER BY received_at, command_id) AS turn FROM waiting)
+               SELECT * FROM numbered ORDER BY NOT urgent,
+                 CASE WHEN step <> 'noticed' THEN 0 WHEN op = 'shred' AND step IS NULL AND turn = 1 THEN 1 WHEN step = 'noticed' THEN 2 ELSE 3 END, turn
+               LIMIT 1""",
             tenant,
         )
     return (

@@ -352,6 +352,50 @@ async def test_include_plain_deletes_plain_events_and_tombstones_their_view_reco
     assert [m.value() is None for m in kit.read_topic(world.settings, of_c)] == [False]
 
 
+async def test_a_shred_does_not_wait_for_the_plain_events_of_an_earlier_one(world: World) -> None:
+    await kit.seed(world.database, "acme", {"a": "C", "cart": "D"})
+    await kit.add_events(world.database, "acme", "cart", 15_003, plain=True)
+    slow, first = kit.command(world.settings, "shred", stream_of("acme", "cart"), options={"include_plain": True})
+    quick, second = kit.command(world.settings, "shred", stream_of("acme", "a"))
+    with kit.control(world.config):
+        kit.send(world.settings, first, second, key="acme")
+        assert (await world.final(slow))["events"]["plain_deleted"] == 15_003
+        assert (await world.final(quick))["status"] == "inaccessible"
+    order = await world.database.fetch("SELECT command_id FROM receipts WHERE status = 'inaccessible' ORDER BY created_at")
+    assert [row["command_id"] for row in order] == [quick, slow]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "expected"),
+    [
+        ([("shred", "noticed"), ("shred", None)], 1),
+        ([("shred", "noticed"), ("shred", None), ("hold", None)], 1),
+        ([("shred", "noticed"), ("hold", None), ("shred", None)], 0),  # a hold that came first is never overtaken
+        ([("shred", "noticed"), ("readmit", None)], 0),  # what it gives back would be cleared
+        ([("shred", "noticed"), ("shred", "barred")], 1),
+        ([("shred", "fenced"), ("shred", None)], 0),
+        ([("rotate", "marked"), ("shred", None)], 1),
+        ([("rotate", None), ("shred", "noticed")], 1),
+        ([("hold", None), ("shred", None)], 0),
+        ([("rotate", None), ("rotate", "marked")], 1),
+    ],
+)
+async def test_what_is_done_next_for_a_tenant(world: World, waiting: list[tuple[str, str | None]], expected: int) -> None:
+    ids = [uuid4() for _ in waiting]
+    for n, (command_id, (op, step)) in enumerate(zip(ids, waiting, strict=True)):
+        await world.database.execute(
+            """INSERT INTO commands (command_id, op, tenant_id, payload, payload_sha256, status, step, received_at)
+               VALUES ($1, $2, 'acme', '', '', 'accepted', $3, $4)""",
+            command_id,
+            op,
+            step,
+            datetime(2026, 1, 1, second=n, tzinfo=UTC),
+        )
+    job = await commands.next_job(world.database, "acme")
+    assert job is not None
+    assert ids.index(job.command_id) == expected
+
+
 async def test_dry_run_counts_and_changes_nothing(world: World) -> None:
     await kit.seed(world.database, "acme", {"a": "C", "b": "C"})
     await kit.add_events(world.database, "acme", "a", 5)
