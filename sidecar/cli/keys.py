@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Annotated, Any
+from uuid import UUID
 
 import typer
 
@@ -37,20 +38,40 @@ SELECT k.key_id, k.key_version, k.scope_kind, k.scope_id,
     FROM stream_key_history h WHERE h.tenant_id = k.tenant_id AND h.stream_id = k.scope_id AND h.key_id = k.key_id AND h.key_version = k.key_version), 0)::bigint
     ELSE k.uses_reserved END AS uses
 FROM encryption_keys k JOIN tenants t USING (tenant_id)
-WHERE k.tenant_id = $1 ORDER BY k.scope_kind, k.scope_id, k.key_version"""
+WHERE k.tenant_id = $1 AND ($2::uuid IS NULL OR (k.scope_kind, k.scope_id, k.key_version, k.key_id) > (
+  SELECT a.scope_kind, a.scope_id, a.key_version, a.key_id FROM encryption_keys a WHERE a.tenant_id = $1 AND a.key_id = $2 AND a.key_version = $3))
+ORDER BY k.scope_kind, k.scope_id, k.key_version, k.key_id LIMIT $4"""
 
 
 @app.command("list")
-def list_(context: typer.Context, tenant: Annotated[str, typer.Option(help="The tenant.")]) -> None:
-    """Every key version of a tenant."""
-    here = cli(context)
+def list_(
+    context: typer.Context,
+    tenant: Annotated[str, typer.Option(help="The tenant.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="So many at a time; all by default.")] = None,
+    after: Annotated[str | None, typer.Option(metavar="KEY_ID/VERSION", help="Go on behind this one.")] = None,
+) -> None:
+    """Every key version of a tenant, by scope."""
+    here, last = cli(context), _named(after)
 
     async def main() -> list[dict[str, Any]]:
         async with connected(here.settings.postgres.for_role("reader")) as connection:
             with mapped():
-                return [dict(row) for row in await connection.fetch(_KEYS, tenant)]
+                return [dict(row) for row in await connection.fetch(_KEYS, tenant, *last, limit)]
 
-    here.show(run_async(main()))
+    found = run_async(main())
+    here.show(found)
+    if limit is not None and len(found) == limit:
+        say(f"there may be more: --after {found[-1]['key_id']}/{found[-1]['key_version']}")
+
+
+def _named(key: str | None) -> tuple[UUID | None, int | None]:
+    if key is None:
+        return None, None
+    key_id, _, version = key.partition("/")
+    try:
+        return UUID(key_id), int(version)
+    except ValueError:
+        raise typer.BadParameter("a key is named KEY_ID/VERSION, as the list has them", param_hint="--after") from None
 
 
 @app.command()

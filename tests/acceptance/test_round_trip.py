@@ -97,4 +97,7 @@ def test_a_thousand_new_streams_in_one_batch_get_a_key_each_in_one_audit_row(wor
     named = [row["details"]["keys"] for row in world.sql("SELECT details FROM audit_log WHERE action = 'create_keys'")]
     assert sum(map(len, named)) == 1000
     assert max(map(len, named)) > 100  # batches, not a row per key
+    page = world.json("keys", "list", "--tenant", "acme", "--limit", "600")
+    rest = world.json("keys", "list", "--tenant", "acme", "--limit", "600", "--after", f"{page[-1]['key_id']}/{page[-1]['key_version']}")
+    assert (len(page), len(rest), len({key["key_id"] for key in page + rest})) == (600, 400, 1000)
     assert all(entry["ok"] for entry in world.json("audit", "verify"))

@@ -8,6 +8,7 @@ from uuid import UUID, uuid4
 import orjson
 import pytest
 
+from sidecar.cli.keys import _KEYS
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.store import Expected, NewEvent
 from sidecar.postgres import checkpoints, commands, event_store, evidence, jobs, keystore, ledger, migrations, residue, shreds, unused_keys
@@ -111,6 +112,7 @@ async def ask(c: Any) -> AsyncIterator[tuple[str, Any]]:
     yield "batch: newest keys", c.fetch(keystore._NEWEST_KEYS, [ACME], ["stream"], ["s8"])
     yield "batch: persons", c.fetch(keystore._SUBJECTS, [ACME], ["subject"], ["jane"])
     yield "batch: keys", c.fetch(keystore._KEYS, [ACME], [UUID(int=7)], [2])
+    yield "keys list: a page", c.fetch(_KEYS, ACME, UUID(int=7), 2, 5)
     yield "append: a new stream", c.fetch(event_store._APPEND, *new)
     yield "append: a known stream", c.fetch(event_store._APPEND, *known)
 
