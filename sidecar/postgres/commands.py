@@ -172,6 +172,13 @@ async def complete(connection: Connection, command_id: UUID, body: dict[str, Any
     await add_receipt(connection, body)
 
 
+async def database_time(connection: Connection) -> datetime:
+    """By whose clock keys are made."""
+    with mapped():
+        now: datetime = await connection.fetchval("SELECT now()")
+    return now
+
+
 async def tenants_waiting(connection: Connection) -> list[str]:
     """Tenants with commands to carry out, longest waiting first."""
     with mapped():

@@ -232,8 +232,8 @@ async def _name_sharers(connection: Connection, scope: Scope, shared: list[Any])
     return f"its events share a key of {of} with {', '.join(row['stream_id'] for row in rows)}{f' and {more} more' if more else ''}"
 
 
-async def retire(connection: Connection, scope: Scope, older_than: datetime | None) -> list[str]:
-    """Mark the live keys that the scope's events are sealed with; each gets its successor at its next write. -> names."""
+def _live(scope: Scope) -> str:
+    """A condition on encryption_keys: live keys that the scope's events are sealed with. $1 the tenant, $2 the scope's id, $3 made before, or NULL."""
     of = {
         ScopeKind.TENANT: "$2::text IS NOT NULL",
         ScopeKind.CLASS: f"""key_id IN (
@@ -246,6 +246,20 @@ async def retire(connection: Connection, scope: Scope, older_than: datetime | No
             UNION SELECT key_id FROM stream_key_history WHERE tenant_id = $1 AND stream_id = $2 AND used_to_position IS NULL)""",
         ScopeKind.SUBJECT: "scope_kind = 'subject' AND scope_id = $2",
     }[scope.kind]
+    return f"tenant_id = $1 AND is_active AND {of} AND ($3::timestamptz IS NULL OR created_at < $3)"
+
+
+async def more_live_than(connection: Connection, scope: Scope, older_than: datetime | None, limit: int) -> bool:
+    statement = f"SELECT count(*) FROM (SELECT FROM encryption_keys WHERE {_live(scope)} LIMIT $4) k"
+    with mapped():
+        return bool(await connection.fetchval(statement, scope.tenant, scope.id, older_than, limit + 1) > limit)
+
+
+async def retire(connection: Connection, scope: Scope, older_than: datetime | None, limit: int | None = None) -> list[str]:
+    """Mark the live keys that the scope's events are sealed with; each gets its successor at its next write. -> names.
+
+    `limit`: so many of them at most, and none that somebody else is changing now.
+    """
     own_key = f"EXISTS (SELECT FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = '{scope.kind}' AND scope_id = $2)"
     known = {
         ScopeKind.STREAM: f"SELECT EXISTS (SELECT FROM streams WHERE tenant_id = $1 AND stream_id = $2) OR {own_key}",  # or in another store
@@ -255,11 +269,13 @@ async def retire(connection: Connection, scope: Scope, older_than: datetime | No
         if known is not None and not await connection.fetchval(known, scope.tenant, scope.id):
             raise CommandRejected(f"unknown_{scope.kind}", f"the tenant has no such {scope.kind}")
         rows = await connection.fetch(
-            f"""UPDATE encryption_keys SET is_active = false, retired_at = now()
-                WHERE tenant_id = $1 AND is_active AND {of} AND ($3::timestamptz IS NULL OR created_at < $3) RETURNING key_id, key_version""",
+            f"""UPDATE encryption_keys SET is_active = false, retired_at = now() WHERE {_live(scope)}
+                  {"AND ctid = ANY (ARRAY(SELECT ctid FROM encryption_keys WHERE " + _live(scope) + " LIMIT $4 FOR UPDATE SKIP LOCKED))" if limit else ""}
+                RETURNING key_id, key_version""",
             scope.tenant,
             scope.id,
             older_than,
+            *([limit] if limit else []),
         )
     return [f"{row['key_id']}/{row['key_version']}" for row in rows]
 

@@ -16,17 +16,22 @@ from uuid import UUID, uuid4
 import pytest
 from confluent_kafka import KafkaException, Producer
 
+from sidecar import rotation
 from sidecar.control import ControlPlane, Executor
+from sidecar.core.command import stored
 from sidecar.core.errors import BrokerUnavailable
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.view import guard_stripe
 from sidecar.inbox import ControlRecord, Inbox
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.client import client_config
+from sidecar.kafka.ledger import LedgerTopic
+from sidecar.ledger import Ledger
 from sidecar.postgres import audit, commands, migrations
 from sidecar.postgres.connection import Connection, connect, open_pool
 from sidecar.settings import Settings, load
-from sidecar.steps import FINISHED, Foreground, SystemClock
+from sidecar.signing import control_signer
+from sidecar.steps import FINISHED, Foreground, Steps, SystemClock
 from sidecar.testing import control_plane as kit
 from sidecar.testing.local_stack import LocalStack
 
@@ -486,6 +491,35 @@ async def test_a_tenants_key_is_due_by_the_shortest_interval_of_the_classes_that
         ("young", True),
     ]
     assert await commands.rotations_due(world.database, now) == []
+
+
+async def test_many_keys_are_rotated_in_chunks_outside_the_guard_and_the_last_few_under_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation, "CHUNK", 4)
+    await kit.seed(world.database, "acme", {f"s{n}": "C" for n in range(11)})
+    pool = await open_pool(world.settings.postgres.for_role("control"))
+    admin = Admin(world.settings)
+    steps = Steps(pool, admin, SystemClock(), Ledger(pool, LedgerTopic(world.settings, admin), control_signer(world.settings), "x"))
+    flow, inbox = rotation.Rotation(steps), Inbox(world.settings, pool, SystemClock(), lambda: None)
+    command_id, value = kit.command(world.settings, "rotate", ACME)
+    await inbox.receive(ControlRecord(value=value, source="c/0/1"))
+    live = "SELECT count(*) FROM encryption_keys WHERE is_active"
+    try:
+        job = await commands.next_job(world.database, "acme")
+        assert job is not None
+        seen = []
+        while job.step != FINISHED:
+            job = await flow.step(job, stored(value))
+            seen.append((job.step, await world.database.fetchval(live), await world.database.fetchval("SELECT epoch FROM tenants")))
+            if len(seen) == 1:  # a stream gets its next version meanwhile: it is not rotated once more
+                await kit.seed(world.database, "acme", {"new": "C"}, created_at=datetime.now(UTC) + timedelta(hours=1))
+    finally:
+        await pool.close()
+    assert seen == [("marking", 7, 1), ("marking", 4, 1), ("marked", 1, 2), ("done", 1, 2)]
+    said = await commands.receipt(world.database, command_id)
+    assert said is not None
+    assert said["keys"] == {"count": 11}
+    named = [r["details"]["count"] for r in await world.database.fetch("SELECT details FROM audit_log WHERE action = 'keys.rotate' ORDER BY seq")]
+    assert named == [4, 4, 3]
 
 
 # one of it, and what it does when others fail
