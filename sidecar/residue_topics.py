@@ -205,12 +205,15 @@ def plan_readers(views: Iterable[View]) -> list[residue.Planned]:
 
 
 def retained_until(config: dict[str, str], now: datetime) -> datetime | None:
-    """The end of what was written by now, by the topic's own retention; None: none is configured."""
+    """The end of what was written by now, by the topic's own retention; None: none is configured.
+
+    A record goes with its segment, whose age is that of its newest record: a segment may take records for another `segment.ms`.
+    """
     limit = int(config.get("retention.ms", "-1"))
     if limit < 0 or "delete" not in config.get("cleanup.policy", "delete"):
         return None
     try:
-        return now + timedelta(milliseconds=limit)
+        return now + timedelta(milliseconds=limit + _ms(config, "segment.ms"))
     except OverflowError:
         return None
 
