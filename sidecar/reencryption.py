@@ -260,7 +260,7 @@ class Reencryption:
         held = self._keys.in_hand(chunk.tenant, into) or await self._keys.hold(chunk.tenant, into, stream_class)
         async with transaction(self._pool) as connection:
             [head] = await jobs.heads(connection, chunk.tenant, [into])
-            if held.as_of.epoch is None or not await jobs.is_copy(connection, chunk.tenant, stream, into):
+            if held.is_plain or not await jobs.is_copy(connection, chunk.tenant, stream, into):
                 return 0
             rows = await jobs.rows_behind(connection, chunk.tenant, stream, head, ROWS)
         if not rows:

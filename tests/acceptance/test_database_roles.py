@@ -140,7 +140,9 @@ def test_a_worker_seals_events_anew_under_a_role_of_its_own(made: Roles) -> None
         done = world.json(*words, "--tenant", "acme", "--reason", "r", "--wait", "60")
         assert done["status"] == "done"
     assert done["events"] == {"resealed": 10, "left": 0, "chunks": 1}
-    assert world.json("events", "list", "--tenant", "acme") == before
+    copied = world.json("reencrypt", "--tenant", "acme", "--stream", "aes-1", "--into", "aes-7", "--reason", "r", "--wait", "60")
+    assert copied["events"]["resealed"] == 5
+    assert [event for event in world.json("events", "list", "--tenant", "acme") if event["stream_id"] != "aes-7"] == before
 
 
 def test_an_import_runs_under_the_data_planes_role(made: Roles, tmp_path: Path) -> None:
