@@ -29,7 +29,7 @@ async def test_the_library_in_five_minutes(application: Path, library: Library, 
 
 
 async def test_the_readmes_five_minutes_with_ones_own_events(application: Path, library: Library, capfd: pytest.CaptureFixture[str]) -> None:
-    """From `Applications publish` on: what stands before it is the fixture's. Names are this test's own, and a shred is confirmed."""
+    """From `Applications publish` on: what stands before it is the fixture's. Names are this test's own, a shred is confirmed, and patience is longer."""
     settings = load(application)
     section = README.partition("\nApplications publish")[2].partition("\n## ")[0]
     for shown, own in {
@@ -37,7 +37,8 @@ async def test_the_readmes_five_minutes_with_ones_own_events(application: Path, 
         '"users"': f'"{settings.sources[0].topic}"',
         '"users.decrypted"': f'"{settings.views[0].topic}"',
         '"group.id": "app"': f'"group.id": "{settings.deployment}.app"',
-        "poll(10)": "poll(5)",
+        "while (message := consumer.poll(10)) is not None:": "for message in [consumer.poll(60)]:",
+        "--wait 10": "--wait 60",
         "sidecar shred": "sidecar shred --yes",
     }.items():
         assert shown in section
