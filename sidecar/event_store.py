@@ -74,16 +74,18 @@ class Ciphers:
             return
         states: dict[str, Any] = {}
         keks: dict[str, dict[int, Kek]] = {}
-        for row in await self._store.tenants(sorted({w[0] for w in wanted})):
-            states[row["tenant_id"]] = row
-            if row["kek_version"] is not None and row["state"] == TenantState.ACTIVE:
-                keks.setdefault(row["tenant_id"], {})[row["kek_version"]] = await self._keys.open_kek(kek_row(row))
-        rows_of = {(r["tenant_id"], r["key_id"], r["key_version"]): r for r in await self._store.keys({w[:3] for w in wanted})}
-        for key in wanted:
-            self._known[key] = self._cipher(states.get(key[0]), rows_of.get(key[:3]), keks.get(key[0], {}), key[3])
-        for of_tenant in keks.values():
-            for kek in of_tenant.values():
-                kek.destroy()
+        try:
+            for row in await self._store.tenants(sorted({w[0] for w in wanted})):
+                states[row["tenant_id"]] = row
+                if row["kek_version"] is not None and row["state"] == TenantState.ACTIVE:
+                    keks.setdefault(row["tenant_id"], {})[row["kek_version"]] = await self._keys.open_kek(kek_row(row))
+            rows_of = {(r["tenant_id"], r["key_id"], r["key_version"]): r for r in await self._store.keys({w[:3] for w in wanted})}
+            for key in wanted:
+                self._known[key] = self._cipher(states.get(key[0]), rows_of.get(key[:3]), keks.get(key[0], {}), key[3])
+        finally:
+            for of_tenant in keks.values():
+                for kek in of_tenant.values():
+                    kek.destroy()
 
     @staticmethod
     def _cipher(tenant: Any, record: Any, keks: dict[int, Kek], suite: Suite) -> Cipher | KeyUnavailable | AuthenticationFailed:

@@ -100,11 +100,16 @@ class Streams:
         for barrier in await self.store.barriers(sorted(shredded_once)) if shredded_once else ():
             of_scope = loaded[barrier["tenant_id"].encode()].barriers.setdefault((barrier["scope_kind"], barrier["scope_id"]), {})
             of_scope[barrier["source_id"], barrier["partition"]] = barrier["end_offset"]
-        for record in rows:
-            if record["kek_version"] is not None and record["state"] == TenantState.ACTIVE:
-                tenant = loaded[record["tenant_id"].encode()]
-                tenant.keks[record["kek_version"]] = await self._keys.open_kek(kek_row(record))
-        self.tenants |= loaded  # whole, or not at all
+        try:
+            for record in rows:
+                if record["kek_version"] is not None and record["state"] == TenantState.ACTIVE:
+                    tenant = loaded[record["tenant_id"].encode()]
+                    tenant.keks[record["kek_version"]] = await self._keys.open_kek(kek_row(record))
+        except BaseException:  # whole, or not at all
+            for tenant in loaded.values():
+                tenant.forget()
+            raise
+        self.tenants |= loaded
 
     async def load_streams(self, touches: list[Touch], policies: PolicySet, fresh: Fresh) -> None:
         """Heads, decisions and sealing keys of streams that are not in hand. May call the KMS; raises Unavailable."""
