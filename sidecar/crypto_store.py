@@ -48,7 +48,19 @@ from sidecar.core.extract import subject_of
 from sidecar.core.fields import Fields, digest_lp, seal_document, with_document
 from sidecar.core.model import UNCLASSIFIED, Erased, Event, ScopeKind, identifier
 from sidecar.core.policy import Decision, Encrypt
-from sidecar.core.store import DEFAULT_TENANT, Aggregated, Appended, Cursor, Expected, ExpectedVersion, NewEvent, StreamRead, Unreadable, encode
+from sidecar.core.store import (
+    DEFAULT_TENANT,
+    Aggregated,
+    Appended,
+    Cursor,
+    Expected,
+    ExpectedVersion,
+    NewEvent,
+    SealedEvent,
+    StreamRead,
+    Unreadable,
+    encode,
+)
 from sidecar.core.view import frame, library_attributes, opened
 from sidecar.key_management import Held, KeyManagementService
 from sidecar.ports import EventStore
@@ -233,13 +245,10 @@ class CryptoEventStore:
                 stream, sealed, tenant=tenant, stream_class=named, expected_version=head, session=session, sealed_for=held.as_of
             )
         else:
-            async with self._keys.verified(
-                tenant,
-                held.as_of,
-                {(event.metadata["enc"]["keyId"], event.metadata["enc"]["keyVersion"]) for event in sealed},
-                held.stream.stream_class,
-            ):
-                done = await self.base.append_to_stream(stream, sealed, tenant=tenant, stream_class=named, expected_version=head, session=session)
+            events = [_as_new(event) for event in sealed]
+            used = {(event.metadata["enc"]["keyId"], event.metadata["enc"]["keyVersion"]) for event in events}
+            async with self._keys.verified(tenant, held.as_of, used, held.stream.stream_class):
+                done = await self.base.append_to_stream(stream, events, tenant=tenant, stream_class=named, expected_version=head, session=session)
         held.stream.head = done.last if session is None else held.stream.head
         return done
 
@@ -255,7 +264,7 @@ class CryptoEventStore:
             raise WrongVersion(f"the stream is at {head}")
         return head
 
-    async def _seal(self, held: Held, stream: str, events: Sequence[NewEvent], head: int) -> list[NewEvent]:
+    async def _seal(self, held: Held, stream: str, events: Sequence[NewEvent], head: int) -> list[SealedEvent]:
         of_stream, now = _of_stream(held.tenant.id, stream), datetime.now(UTC)
         encoded = [encode(event.data) for event in events]
         persons = _persons(held, events, [value for value, _ in encoded])
@@ -282,19 +291,8 @@ class CryptoEventStore:
                 stored, envelope = seal_document(document, attributes, key.prefix, bind, partial(seal, key.cipher))
                 aad = bind(digest_lp(stored), key.prefix)
             found = () if index is None or fields is None or document is None else tuple(tokens(index, document, fields.indexed))
-            body = self._body(envelope, stored, aad, {"tombstone": True} if value is None else {})
-            out.append(NewEvent(type=event.type, id=message_id, schema_version=event.schema_version, occurred_at=at, tokens=found, **body))
+            out.append(SealedEvent(message_id, event.type, event.schema_version, at, stored, envelope, value is None, found, aad))
         return out
-
-    def _body(self, envelope: bytes, stored: bytes | None, aad: bytes, told: dict[str, Any]) -> dict[str, Any]:
-        """What the base keeps of a sealed event. The Postgres store keeps the envelope as it is, and what `enc` says is read off it again;
-        one that knows no envelopes has the one of a document in the metadata, else as the data."""
-        if self._postgres is not None:
-            return {"data": stored, "sealed": envelope, "metadata": {"enc": told}}
-        enc = _enc(envelope, aad) | told
-        if stored is None:
-            return {"data": to_text(envelope), "metadata": {"enc": enc}}
-        return {"data": stored, "metadata": {"enc": enc | {"document": to_text(envelope)}}}
 
     def _extra(self, tenant: str, stream: str, stream_class: str, event_type: str) -> bytes:
         if self._build_aad is None:
@@ -432,6 +430,17 @@ def _aad(
 ) -> bytes:  # fmt: skip
     id_raw, type_raw = message_id.encode(), event_type.encode()
     return event_aad(of_stream, position, u32(len(id_raw)) + id_raw, u32(len(type_raw)) + type_raw, schema_version, field_lp, prefix) + extra
+
+
+def _as_new(event: SealedEvent) -> NewEvent:
+    """For a base that knows no envelopes: the one of a document stands in the metadata, else it is the data."""
+    enc: dict[str, Any] = _enc(event.envelope, event.aad) | ({"tombstone": True} if event.is_tombstone else {})
+    data: Any = to_text(event.envelope)
+    if event.document is not None:
+        enc, data = enc | {"document": data}, event.document
+    return NewEvent(
+        type=event.type, id=event.id, schema_version=event.schema_version, occurred_at=event.occurred_at, data=data, metadata={"enc": enc}
+    )  # fmt: skip
 
 
 @lru_cache(4096)

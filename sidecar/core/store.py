@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import orjson
 
@@ -35,9 +35,7 @@ ExpectedVersion = Expected | int
 class NewEvent:
     """An event to append. `id` is drawn if none is given; `metadata` is the application's and must be JSON.
 
-    `subject` names the person that it is about, where policy protects persons. `sealed` is the decorator's: the envelope of an encrypted
-    event, for stores that keep it as bytes, and `data` then the bytes of a document of which fields are sealed, or None; for stores that
-    do not, `data` is the envelope's text form.
+    `subject` names the person that it is about, where policy protects persons.
     """
 
     type: str
@@ -47,15 +45,29 @@ class NewEvent:
     schema_version: int = 1
     occurred_at: datetime | None = None
     subject: str | None = None
-    sealed: bytes | None = field(default=None, repr=False)
-    tokens: Sequence[bytes] = field(default=(), repr=False)
-    """The decorator's: of the blind index."""
 
     def __post_init__(self) -> None:
         if self.occurred_at is not None and self.occurred_at.tzinfo is None:
             raise MalformedRecord("an event's time needs a time zone")
         if not 0 < self.schema_version < 2**31:
             raise MalformedRecord("a schema version is a positive number of 31 bits")
+
+
+class SealedEvent(NamedTuple):
+    """An event as the decorator gives it to a store that keeps envelopes as bytes. A tuple: a large append makes many."""
+
+    id: str
+    type: str
+    schema_version: int
+    occurred_at: datetime
+    document: bytes | None
+    """Of which fields are sealed; None where the whole event is."""
+    envelope: bytes
+    is_tombstone: bool
+    tokens: tuple[bytes, ...]
+    """Of the blind index."""
+    aad: bytes
+    """What the envelope is bound to. Not stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from sidecar.core.store import (
     Expected,
     ExpectedVersion,
     NewEvent,
+    SealedEvent,
     StreamRead,
     Unreadable,
     as_number,
@@ -90,7 +91,7 @@ class PostgresEventStore:
     async def append_to_stream(
         self,
         stream: str,
-        events: Sequence[NewEvent],
+        events: Sequence[NewEvent | SealedEvent],
         *,
         tenant: str = DEFAULT_TENANT,
         stream_class: str | None = None,
@@ -99,9 +100,10 @@ class PostgresEventStore:
         sealed_for: SealedFor | None = None,
     ) -> Appended:
         arguments = _arguments(stream, events, tenant, stream_class, expected_version, sealed_for)
+        tokens = [(n, token) for n, event in enumerate(events) if isinstance(event, SealedEvent) for token in event.tokens]
         for attempt in range(ATTEMPTS):
             try:
-                return await self._append(arguments, session, [(n, token) for n, event in enumerate(events) for token in event.tokens])
+                return await self._append(arguments, session, tokens)
             except WrongVersion:
                 raise
             except Foretold:
@@ -190,7 +192,12 @@ def aggregate(read: StreamRead, evolve: Callable[[State, Event], State], initial
 
 
 def _arguments(
-    stream: str, events: Sequence[NewEvent], tenant: str, stream_class: str | None, expected: ExpectedVersion, sealed_for: SealedFor | None
+    stream: str,
+    events: Sequence[NewEvent | SealedEvent],
+    tenant: str,
+    stream_class: str | None,
+    expected: ExpectedVersion,
+    sealed_for: SealedFor | None,
 ) -> tuple[Any, ...]:
     """Of `append_events`, in order. Raises MalformedRecord for ids that are none."""
     if not events:
@@ -205,13 +212,13 @@ def _arguments(
     )  # fmt: skip
 
 
-def _row(event: NewEvent, now: datetime) -> tuple[Any, ...]:
+def _row(event: NewEvent | SealedEvent, now: datetime) -> tuple[Any, ...]:
     """id, type, schema version, time, plain bytes, envelope, attributes, is a tombstone."""
     head = (event.id or str(uuid4()), event.type, event.schema_version, event.occurred_at or now)
     identifier(head[0].encode("utf-8", "replace"), "event id")
     identifier(event.type.encode("utf-8", "replace"), "event type")
-    if event.sealed is not None:
-        return (*head, event.data, event.sealed, None, bool(event.metadata["enc"].get("tombstone")))
+    if isinstance(event, SealedEvent):
+        return (*head, event.document, event.envelope, None, event.is_tombstone)
     value, content = encode(event.data)
     attributes = library_attributes(int(head[3].timestamp() * 1000), event.metadata, content, value is None, event.subject)
     if _NUL.search(attributes):
