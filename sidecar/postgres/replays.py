@@ -80,6 +80,7 @@ async def apply(connection: Connection, entry: Entry, scope: Scope) -> Keys:
 
 async def _shred(connection: Connection, entry: Entry, scope: Scope) -> Keys:
     # Within a grace, or behind one that a hold made longer: `grace.destroy_unwatched` ends it once the holds since are known.
+    await shreds.refuse_shared(connection, scope)
     keys = await shreds.take_keys(connection, scope, entry.command_id, entry.kept_until)
     if scope.kind is ScopeKind.TENANT:
         await _set_tenant(connection, entry, scope.tenant, "shredded")

@@ -100,11 +100,11 @@ async def mark_shredded(connection: Connection, tenant: str) -> None:
 async def take_keys(connection: Connection, scope: Scope, command_id: UUID, kept_until: datetime | None) -> Keys:
     """Fence the scope, and take its keys from where anybody finds them: destroyed at once, or kept in quarantine until the end of a grace.
 
-    A shred without grace ends the grace of an earlier one. Raises CommandRejected where others need one of the keys.
+    A shred without grace ends the grace of an earlier one. The caller has asked `refuse_shared`.
     """
     if scope.kind is ScopeKind.TENANT:
         return await _take_tenant_keys(connection, scope.tenant, command_id, kept_until)
-    await refuse_shared(connection, scope)
+    await fence(connection, scope, command_id)
     condition = _of_scope(scope)  # by scope, not by history: whatever a retired version was used for, it goes
     with mapped():
         if kept_until is None:
@@ -134,8 +134,7 @@ async def take_keys(connection: Connection, scope: Scope, command_id: UUID, kept
         )
         keys = Keys(fingerprints=[r["fingerprint"] for r in rows], names=[f"{r['key_id']}/{r['key_version']}" for r in rows])
         await connection.execute(
-            """INSERT INTO erased_scopes (tenant_id, scope_kind, scope_id, command_id, fingerprints) VALUES ($1, $2, $3, $4, $5)
-               ON CONFLICT DO NOTHING""",
+            "UPDATE erased_scopes SET fingerprints = $5 WHERE tenant_id = $1 AND scope_kind = $2 AND scope_id = $3 AND command_id = $4",
             scope.tenant,
             scope.kind.value,
             scope.id,
@@ -143,6 +142,25 @@ async def take_keys(connection: Connection, scope: Scope, command_id: UUID, kept
             sorted(keys.fingerprints),
         )
     return keys
+
+
+async def fence(connection: Connection, scope: Scope, command_id: UUID) -> None:
+    """Of a scope below tenant level: from the commit on it gets no key."""
+    with mapped():
+        await connection.execute(
+            """INSERT INTO erased_scopes (tenant_id, scope_kind, scope_id, command_id, fingerprints) VALUES ($1, $2, $3, $4, '{}')
+               ON CONFLICT DO NOTHING""",
+            scope.tenant,
+            scope.kind.value,
+            scope.id,
+            command_id,
+        )
+
+
+async def more_keys_than(connection: Connection, scope: Scope, limit: int) -> bool:
+    with mapped():
+        statement = f"SELECT count(*) FROM (SELECT FROM encryption_keys k WHERE {_of_scope(scope)} AND NOT is_destroyed LIMIT $3) k"
+        return bool(await connection.fetchval(statement, scope.tenant, scope.id, limit + 1) > limit)
 
 
 async def refuse_second_grace(connection: Connection, scope: Scope) -> None:
@@ -203,8 +221,8 @@ _SHARED = {
 
 
 async def refuse_shared(connection: Connection, scope: Scope) -> None:
-    """A person's key is the person's alone: in whichever streams, it goes with the person."""
-    if scope.kind is ScopeKind.SUBJECT:
+    """A person's key is the person's alone: in whichever streams, it goes with the person. So is a tenant's."""
+    if scope.kind in (ScopeKind.SUBJECT, ScopeKind.TENANT):
         return
     with mapped():
         shared = await connection.fetch(_SHARED[scope.kind], scope.tenant, scope.id)

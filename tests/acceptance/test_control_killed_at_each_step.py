@@ -18,7 +18,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from sidecar.control import Outbox
-from sidecar.core.model import Scope
+from sidecar.core.model import Scope, ScopeKind
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.receipts import Outgoing, ReceiptPublisher
 from sidecar.postgres import audit, commands, holds, migrations
@@ -134,6 +134,39 @@ async def test_rotation_killed_at(step: str, local_stack: LocalStack, database: 
     assert await db.fetchval("SELECT epoch FROM tenants") == 2
     assert await db.fetchval("SELECT count(*) FROM audit_log WHERE action = 'keys.rotate'") == 1
     assert [problem async for _, _, problem in audit.verify(db)] == [None]
+    await db.close()
+
+
+@pytest.mark.parametrize("step", ["shred:closed", "shred:emptied"])
+async def test_shred_of_a_class_of_many_keys_killed_at(
+    step: str, local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str]
+) -> None:
+    """Its keys go outside of the guard, behind its fence."""
+    config, settings, db, _ = await prepare(local_stack, database, tmp_path, unique)
+    await kit.seed(db, "acme", {"other": "D"})
+    scope = Scope(tenant="acme", kind=ScopeKind.CLASS, id="C")
+    command_id, value = kit.command(settings, "shred", scope)
+    many = "import sidecar.shredding\nsidecar.shredding.MANY_KEYS = 5\n"
+    first = kit.start_control(config, failpoint=step, broken=many)
+    live = "SELECT count(*) FROM encryption_keys WHERE key_material IS NOT NULL"
+    try:
+        first.wait_ready()
+        kit.send(settings, value, key="acme")
+        assert await asyncio.to_thread(first.wait_dead) == KILLED
+        assert await db.fetchval(live) == (21 if step == "shred:closed" else 1)
+        assert await db.fetchval("SELECT count(*) FROM erased_scopes WHERE readmitted_at IS NULL") == 1
+        assert await db.fetchval("SELECT count(*) FROM receipts WHERE status = 'inaccessible'") == 0
+    finally:
+        first.kill()
+    with kit.control(config):
+        receipts = await finished(db, command_id, settings)
+    assert [r["status"] for r in receipts] == ["accepted", "inaccessible"]
+    assert (receipts[1]["keys"]["count"], receipts[1]["instances"][0]["outcome"]) == (20, "fenced")
+    assert await db.fetchval(live) == 1
+    assert await db.fetchval("SELECT cardinality(fingerprints) FROM erased_scopes") == 20
+    assert await db.fetchval("SELECT epoch FROM tenants") == 3
+    acts = await db.fetch("SELECT action FROM audit_log WHERE action LIKE 'class.%' ORDER BY seq")
+    assert [row["action"] for row in acts] == ["class.close", "class.destroy", "class.shred"]
     await db.close()
 
 
