@@ -31,7 +31,7 @@ from sidecar.signing import control_signer
 from sidecar.steps import Steps, SystemClock
 from sidecar.testing import control_plane as kit
 from sidecar.testing.local_stack import LocalStack
-from tests.acceptance.test_e09_a_hold_is_never_overrun import Plane, control_plane, document
+from tests.acceptance.test_e09_a_hold_is_never_overrun import Plane, control_plane
 
 ACME = Scope.of_tenant("acme")
 STREAM, LATE, LATER = (Scope(tenant="acme", kind=ScopeKind.STREAM, id=i) for i in ("a", "late", "later"))
@@ -56,7 +56,7 @@ class Restored:
 
     @asynccontextmanager
     async def steps(self) -> AsyncIterator[tuple[Settings, Steps]]:
-        settings = load(kit.write_config(self.folder, document(self.stack, self.backup, self.name)))
+        settings = load(kit.write_config(self.folder, kit.document(self.name, self.stack.bootstrap_servers, self.backup)))
         pool, admin = await open_pool(self.backup), Admin(settings)
         ledger = Ledger(pool, LedgerTopic(settings, admin), control_signer(settings), self.name)
         try:
