@@ -176,21 +176,25 @@ class CryptoEventStore:
         """
         if not events:
             raise MalformedRecord("an append needs events")
-        identifier(stream.encode("utf-8", "replace"), "stream id", "bad_stream")
+        held = None if encryption is not None else self._keys.in_hand(tenant, stream)
+        if held is None:
+            identifier(stream.encode("utf-8", "replace"), "stream id", "bad_stream")
         named = stream_class or self._classify(stream, events[0].type)
-        if session is not None:  # it may hold the stream's row already, so it waits for nobody here
-            return await self._attempts(stream, events, tenant, named, expected_version, session, encryption)
+        # A session may hold the stream's row already, so it waits for nobody here; plain events are not sealed for a position.
+        if session is not None or (held is not None and held.is_plain):
+            return await self._attempts(held, stream, events, tenant, named, expected_version, session, encryption)
         async with self._turns[hash((tenant, stream)) % TURNS]:
-            return await self._attempts(stream, events, tenant, named, expected_version, None, encryption)
+            return await self._attempts(held, stream, events, tenant, named, expected_version, None, encryption)
 
     async def _attempts(
-        self, stream: str, events: Sequence[NewEvent], tenant: str, named: str, expected_version: ExpectedVersion, session: Any,
+        self, held: Held | None, stream: str, events: Sequence[NewEvent], tenant: str, named: str, expected_version: ExpectedVersion, session: Any,
         encryption: EncryptionConfig | None,
     ) -> Appended:  # fmt: skip
         """Seal and append until nobody was faster; other processes, and the sidecar, may be."""
         for attempt in range(ATTEMPTS):
-            wanted = None if encryption is None else await self._wanted(encryption, tenant, named)
-            held = self._keys.in_hand(tenant, stream, wanted) or await self._keys.hold(tenant, stream, named, wanted)
+            if held is None or attempt:
+                wanted = None if encryption is None else await self._wanted(encryption, tenant, named)
+                held = self._keys.in_hand(tenant, stream, wanted) or await self._keys.hold(tenant, stream, named, wanted)
             if encryption is not None:
                 _check_override(encryption, held)
             try:
@@ -280,6 +284,9 @@ class CryptoEventStore:
         each = zip(events, keys, persons, encoded, documents, strict=True)
         for position, (event, key, person, (value, content), document) in enumerate(each, start=head + 1):
             message_id, at = event.id or str(uuid4()), event.occurred_at or now
+            _check_type(event.type)
+            if event.id is not None:
+                identifier(message_id.encode("utf-8", "replace"), "event id")
             attributes = library_attributes(int(at.timestamp() * 1000), event.metadata, content, value is None, person)
             extra = self._extra(held.tenant.id, stream, held.stream.stream_class, event.type)
             stored, place = None, (of_stream, position, message_id, event.type, event.schema_version, extra)
@@ -291,7 +298,7 @@ class CryptoEventStore:
                 stored, envelope = seal_document(document, attributes, key.prefix, bind, partial(seal, key.cipher))
                 aad = bind(digest_lp(stored), key.prefix)
             found = () if index is None or fields is None or document is None else tuple(tokens(index, document, fields.indexed))
-            out.append(SealedEvent(message_id, event.type, event.schema_version, at, stored, envelope, value is None, found, aad))
+            out.append(SealedEvent(message_id, event.type, event.schema_version, at, stored, envelope, None, value is None, found, aad))
         return out
 
     def _extra(self, tenant: str, stream: str, stream_class: str, event_type: str) -> bytes:
@@ -428,8 +435,19 @@ def _overridden(decision: Decision, pointers: Sequence[str]) -> Fields | None:
 def _aad(
     of_stream: bytes, position: int, message_id: str, event_type: str, schema_version: int, extra: bytes, field_lp: bytes, prefix: bytes
 ) -> bytes:  # fmt: skip
-    id_raw, type_raw = message_id.encode(), event_type.encode()
-    return event_aad(of_stream, position, u32(len(id_raw)) + id_raw, u32(len(type_raw)) + type_raw, schema_version, field_lp, prefix) + extra
+    id_raw = message_id.encode()
+    return event_aad(of_stream, position, u32(len(id_raw)) + id_raw, _type_lp(event_type), schema_version, field_lp, prefix) + extra
+
+
+@lru_cache(4096)
+def _type_lp(event_type: str) -> bytes:
+    return lp(event_type.encode())
+
+
+@lru_cache(4096)
+def _check_type(event_type: str) -> None:
+    """Raises MalformedRecord."""
+    identifier(event_type.encode("utf-8", "replace"), "event type")
 
 
 def _as_new(event: SealedEvent) -> NewEvent:

@@ -54,7 +54,7 @@ class NewEvent:
 
 
 class SealedEvent(NamedTuple):
-    """An event as the decorator gives it to a store that keeps envelopes as bytes. A tuple: a large append makes many."""
+    """An event as the decorator gives it to a store that keeps envelopes as bytes: ids are checked; up to `is_tombstone` as the row has it."""
 
     id: str
     type: str
@@ -63,6 +63,8 @@ class SealedEvent(NamedTuple):
     document: bytes | None
     """Of which fields are sealed; None where the whole event is."""
     envelope: bytes
+    attributes: None
+    """They are sealed."""
     is_tombstone: bool
     tokens: tuple[bytes, ...]
     """Of the blind index."""

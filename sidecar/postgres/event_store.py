@@ -56,6 +56,8 @@ ORDER BY m.transaction_id, m.global_position LIMIT $5"""
 )
 _APPEND = "SELECT * FROM append_events($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)"
 _LAST: Final = 2**63 - 1
+ROW: Final = 8
+"""Columns of an event in an append."""
 _NUL: Final = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
 
@@ -204,7 +206,7 @@ def _arguments(
         raise MalformedRecord("an append needs events")
     identifier(stream.encode("utf-8", "replace"), "stream id", "bad_stream")
     now = datetime.now(UTC)
-    rows = [_row(event, now) for event in events]
+    rows = [event[:ROW] if isinstance(event, SealedEvent) else _row(event, now) for event in events]
     columns = [list(column) for column in zip(*rows, strict=True)]
     return (
         guard_stripe(tenant_id(tenant)), tenant, stream, stream_class or UNCLASSIFIED, as_number(expected),
@@ -212,13 +214,11 @@ def _arguments(
     )  # fmt: skip
 
 
-def _row(event: NewEvent | SealedEvent, now: datetime) -> tuple[Any, ...]:
+def _row(event: NewEvent, now: datetime) -> tuple[Any, ...]:
     """id, type, schema version, time, plain bytes, envelope, attributes, is a tombstone."""
     head = (event.id or str(uuid4()), event.type, event.schema_version, event.occurred_at or now)
     identifier(head[0].encode("utf-8", "replace"), "event id")
     identifier(event.type.encode("utf-8", "replace"), "event type")
-    if isinstance(event, SealedEvent):
-        return (*head, event.document, event.envelope, None, event.is_tombstone)
     value, content = encode(event.data)
     attributes = library_attributes(int(head[3].timestamp() * 1000), event.metadata, content, value is None, event.subject)
     if _NUL.search(attributes):
