@@ -73,7 +73,8 @@ class DataPlane:
             await ports.session.close()
             await ports.producer.close()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.pool.close(), 2)
+                async with asyncio.timeout(2):
+                    await self.pool.close()
 
 
 async def compose(settings: Settings, instance_id: str, *, pipeline_of: Callable[[Ports], Pipeline] = Pipeline) -> DataPlane:

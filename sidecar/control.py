@@ -87,7 +87,8 @@ class Executor:
                 except Unavailable as error:
                     telemetry.log.warning("executor waits", extra={"action": "execute", "error": error})
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self.wake.wait(), POLL_SECONDS)
+                    async with asyncio.timeout(POLL_SECONDS):  # not wait_for: woken and cancelled at once, it would swallow the cancellation
+                        await self.wake.wait()
         finally:
             tasks = list(self._tenants.values())
             for task in tasks:
@@ -199,7 +200,8 @@ class Outbox:
                     await backoff.wait()
                     continue
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self.wake.wait(), POLL_SECONDS)
+                    async with asyncio.timeout(POLL_SECONDS):  # not wait_for: woken and cancelled at once, it would swallow the cancellation
+                        await self.wake.wait()
         finally:
             self._publisher.close()
 
@@ -292,7 +294,8 @@ class ControlPlane:
         if not self._opened:
             return
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._pool.close(), 5)
+            async with asyncio.timeout(5):
+                await self._pool.close()
         self._pool.terminate()
 
     async def receive(self, records: list[ControlRecord]) -> None:

@@ -158,7 +158,8 @@ class Receiver:
             with tempfile.TemporaryDirectory(prefix="sidecar-control-") as folder:
                 app = self._build(self._settings, plane, folder)
                 try:
-                    await asyncio.wait_for(app.start(), START_SECONDS)
+                    async with asyncio.timeout(START_SECONDS):
+                        await app.start()
                     self._up.set()
                     backoff = Backoff()
                     while not (app.crashed or app.should_stop):  # noqa: ASYNC110 (Faust tells nobody)
@@ -175,7 +176,8 @@ class Receiver:
 async def _stop(app: Any) -> None:
     """Commits what was acked. A broker that is away must not keep the process: what was not committed comes again."""
     with suppress(Exception):
-        await asyncio.wait_for(app.stop(), 5)
+        async with asyncio.timeout(5):
+            await app.stop()
 
 
 async def run_control_plane(settings: Settings, *, http: bool = True, timer_seconds: float = 60.0) -> None:

@@ -144,7 +144,8 @@ class Shredding:
         """
         known = {topic for _, topic, _ in await shreds.source_topics(connection)}
         try:
-            return await asyncio.wait_for(asyncio.to_thread(self._ask_for_ends, known), OFFSETS_SECONDS)
+            async with asyncio.timeout(OFFSETS_SECONDS):
+                return await asyncio.to_thread(self._ask_for_ends, known)
         except TimeoutError:
             raise BrokerUnavailable("the source end offsets did not come in time") from None
 

@@ -100,7 +100,8 @@ class TransactionalProducer:
         """One transaction: all of it is visible to a read_committed consumer, or none."""
         emitting = asyncio.get_running_loop().run_in_executor(self._thread, self._emit, records, offsets, group_metadata)
         try:
-            await asyncio.wait_for(emitting, EMIT_SECONDS)
+            async with asyncio.timeout(EMIT_SECONDS):
+                await emitting
         except TimeoutError:
             # librdkafka's calls outlast their own timeouts when the broker was killed under them: that producer is left to its thread,
             # and the next one fences it

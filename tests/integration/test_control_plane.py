@@ -17,7 +17,7 @@ import pytest
 from confluent_kafka import KafkaException, Producer
 
 from sidecar import rotation
-from sidecar.control import ControlPlane, Executor
+from sidecar.control import ControlPlane, Executor, Outbox
 from sidecar.core.command import stored
 from sidecar.core.errors import BrokerUnavailable
 from sidecar.core.model import Scope, ScopeKind
@@ -26,6 +26,7 @@ from sidecar.inbox import ControlRecord, Inbox
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.client import client_config
 from sidecar.kafka.ledger import LedgerTopic
+from sidecar.kafka.receipts import ReceiptPublisher
 from sidecar.ledger import Ledger
 from sidecar.postgres import audit, commands, migrations
 from sidecar.postgres.connection import Connection, connect, open_pool
@@ -645,6 +646,22 @@ async def test_a_tenant_whose_command_takes_long_does_not_hold_up_another(world:
     await asyncio.gather(running, return_exceptions=True)
     await pool.close()
     assert await world.database.fetchval("SELECT tenant_id FROM commands WHERE finished_at IS NOT NULL") == "free"
+
+
+@pytest.mark.parametrize("part", ["executor", "outbox"])
+async def test_what_is_woken_and_cancelled_at_once_ends(world: World, part: str) -> None:
+    """Else a control plane that loses its lead, or is stopped, would wait for it for ever."""
+    pool = await open_pool(world.settings.postgres.for_role("control"), max_size=2)
+    works: Any = Executor(pool, {}, lambda: None, Foreground()) if part == "executor" else Outbox(pool, ReceiptPublisher(world.settings))
+    running = asyncio.create_task(works.run())
+    while not works.wake._waiters:
+        await asyncio.sleep(0.01)
+    works.wake.set()
+    running.cancel()
+    done, _ = await asyncio.wait([running], timeout=20)
+    await pool.close()
+    assert done
+    assert running.cancelled()
 
 
 async def test_a_timer_with_a_defect_ends_nothing() -> None:
