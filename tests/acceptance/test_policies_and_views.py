@@ -160,5 +160,5 @@ def test_a_view_whose_topic_has_other_partitions_than_it_began_with_is_refused_a
     world.run().stop()
     world.sql("UPDATE views SET partitions = 9")
     again = world.run(wait=False)
-    assert again.process.wait(40) == 2
+    assert again.process.wait(150) == 2  # its consumer may be joining the group, and is closed when it has
     assert "view all began with 9 partitions, its topic has 3 now" in again.text()
