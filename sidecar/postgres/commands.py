@@ -6,7 +6,7 @@ lost its lock, only one takes a step. A receipt is written in the transaction of
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
@@ -287,12 +287,17 @@ async def written_at(connection: Connection, receipt_id: UUID) -> datetime:
 async def rotations_due(connection: Connection, now: datetime, limit: int = 500) -> list[tuple[str, str, datetime]]:
     """-> (tenant, class, keys made before that are too old): by the tenant's own policy before the one of `*`; none twice at a time."""
     with mapped():
+        # Of a century at most, which a datetime can be taken back by.
+        ask = "SELECT min(least(key_rotation_interval_days, 36500)) FROM encryption_policies WHERE encryption_required"
+        shortest: int | None = await connection.fetchval(ask)
+        if shortest is None:
+            return []
+        # As a value, not as a subquery: the planner looks up how few keys are older, and takes the index.
         rows = await connection.fetch(
             f"""
-            WITH youngest AS (SELECT min(key_rotation_interval_days) AS days FROM encryption_policies WHERE encryption_required),
-            oldest AS (
+            WITH oldest AS (
               SELECT k.tenant_id, k.class, min(k.created_at) AS made FROM ({LIVE_KEYS}) k JOIN tenants USING (tenant_id, generation)
-              WHERE k.created_at < $1::timestamptz - make_interval(days => (SELECT days FROM youngest)) GROUP BY 1, 2
+              WHERE k.created_at < $4::timestamptz GROUP BY 1, 2
             )
             SELECT o.tenant_id, o.class, $1::timestamptz - make_interval(days => p.days) AS older_than
             FROM oldest o JOIN tenants t USING (tenant_id)
@@ -308,5 +313,6 @@ async def rotations_due(connection: Connection, now: datetime, limit: int = 500)
             now,
             TIMER_ISSUER,
             limit,
+            now - timedelta(days=shortest),
         )
     return [(row["tenant_id"], row["class"], row["older_than"]) for row in rows]

@@ -20,7 +20,7 @@ PAGES = 150
 NOW = datetime.now(UTC)
 ACME = "acme"
 
-# A tenant with MANY streams, each with an event and a live key, every second one erased, some with an old key; a long past of commands.
+# A tenant with MANY streams, each with an event and a live key, every second one erased, some with an old key, one live key old too; a long past of commands.
 _FILL = f"""
 INSERT INTO tenants (tenant_id) SELECT 'acme' UNION ALL SELECT 't' || n FROM generate_series(1, {MANY}) n;
 INSERT INTO streams (tenant_id, stream_id, position, stream_type_class, is_encrypted, encrypted_from_position)
@@ -31,6 +31,7 @@ INSERT INTO encryption_keys (tenant_id, key_id, key_version, scope_kind, scope_i
   SELECT 'acme', ('00000000-0000-0000-0000-' || lpad(n::text, 12, '0'))::uuid, v, 'stream', 's' || n, 1, 1, '\\x00', '\\x00', v = 2,
     CASE WHEN v = 1 AND n % 1000 = 0 THEN now() - interval '1 year' END
   FROM generate_series(1, {MANY}) n, generate_series(1, 2) v WHERE v = 2 OR n % 1000 = 0;
+UPDATE encryption_keys SET created_at = now() - interval '1 year' WHERE NOT is_active OR scope_id = 's7';
 INSERT INTO stream_key_history (tenant_id, stream_id, key_id, key_version, used_from_position)
   SELECT tenant_id, scope_id, key_id, key_version, 1 FROM encryption_keys WHERE is_active;
 INSERT INTO erased_scopes (tenant_id, scope_kind, scope_id, command_id, fingerprints)
@@ -95,6 +96,7 @@ async def ask(c: Any) -> AsyncIterator[tuple[str, Any]]:
     yield "residue: from where streams are encrypted", residue.encrypted_from(c, ACME, ["s1", "s2"])
     yield "commands: waiting", commands.tenants_waiting(c)
     yield "commands: next", commands.next_job(c, ACME)
+    yield "rotations: due", commands.rotations_due(c, NOW)
     yield "receipts: unpublished", commands.unpublished(c)
     yield "certificates: due", evidence.due(c, datetime.now(UTC))
     yield "certificates: newest receipt", evidence.newest_receipt(c)
@@ -135,6 +137,7 @@ async def test_what_is_asked_often_costs_the_same_however_much_is_stored(connect
 
 async def test_control_without_its_index_a_query_is_found_dear(connection: Connection) -> None:
     await connection.execute(
-        "DROP INDEX residue_pending; DROP INDEX encryption_keys_retired; DROP INDEX messages_global; DROP INDEX receipts_of_shreds"
+        "DROP INDEX residue_pending; DROP INDEX encryption_keys_retired; DROP INDEX messages_global; DROP INDEX receipts_of_shreds;"
+        "DROP INDEX encryption_keys_by_age"
     )
-    assert {"residue: due", "clean-up: candidates", "consumer: nothing new", "certificates: due"} <= set(await dear(connection))
+    assert {"rotations: due", "residue: due", "clean-up: candidates", "consumer: nothing new", "certificates: due"} <= set(await dear(connection))

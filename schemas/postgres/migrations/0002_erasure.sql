@@ -121,6 +121,7 @@ CREATE INDEX encryption_keys_outside ON encryption_keys (tenant_id, outside_clas
 CREATE INDEX stream_key_history_key ON stream_key_history (tenant_id, key_id);   -- which streams hold events of a key: a person's, a shared one's
 
 CREATE INDEX encryption_keys_retired ON encryption_keys (tenant_id, key_id, key_version) WHERE NOT is_active AND NOT is_destroyed;   -- what a clean-up looks at
+CREATE INDEX encryption_keys_by_age ON encryption_keys (created_at) WHERE is_active;   -- which of them are too old is asked every minute
 
 -- ── evidence ────────────────────────────────────────────────────────────────────────────────────────────────────────
 CREATE TABLE certificates (
