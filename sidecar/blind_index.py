@@ -15,7 +15,7 @@ from sidecar.core.keys import TenantState
 from sidecar.core.view import guard_stripe
 from sidecar.keys import KeyManagement, dek_row, kek_row, open_dek
 from sidecar.ledger import LedgerGate
-from sidecar.postgres import blind_index, residue, shreds
+from sidecar.postgres import blind_index, residue
 from sidecar.postgres.connection import Pool, transaction
 from sidecar.postgres.keystore import KeyStore
 from sidecar.postgres.residue import Entry, Look, Planned
@@ -112,7 +112,7 @@ class IndexRows:
         if removed:
             return Look(again=0.0, details={"removed": so_far})
         async with transaction(self._pool) as connection:
-            details = {"removed": so_far, "xid": entry.details.get("xid") or await shreds.own_xid(connection)}
+            details = {"removed": so_far, "xid": entry.details.get("xid") or await residue.own_xid(connection)}
             held_by = await residue.old_snapshots(connection, int(details["xid"]))
         if held_by:
             return Look(again=again, details=details | {"held_by": held_by})

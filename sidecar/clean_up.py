@@ -10,11 +10,11 @@ from typing import Any, Final, Literal
 from uuid import UUID
 
 from sidecar import telemetry
+from sidecar.core.keys import Keys
 from sidecar.ports import Clock
-from sidecar.postgres import audit, guard, shreds, unused_keys
+from sidecar.postgres import audit, guard, tenants, unused_keys
 from sidecar.postgres.commands import TIMER_ISSUER
 from sidecar.postgres.connection import Connection, Pool, transaction
-from sidecar.postgres.shreds import Keys
 from sidecar.postgres.unused_keys import Version
 from sidecar.steps import WRITER
 
@@ -42,9 +42,9 @@ class CleanUp:
         """What was found of versions retired longer ago than `older_than`; those that events need are not listed. Raises StoreUnavailable."""
         before = self._clock.now() - older_than
         async with transaction(self._pool) as connection:
-            tenants = await unused_keys.tenants(connection, before, tenant)
+            waiting = await unused_keys.tenants(connection, before, tenant)
         found: list[Cleaned] = []
-        for name in tenants:
+        for name in waiting:
             at: tuple[UUID, int] | None = (UUID(int=0), 0)
             while at is not None:
                 async with transaction(self._pool) as connection:
@@ -65,7 +65,7 @@ class CleanUp:
         async with transaction(self._pool) as connection:
             if not await self._take_guard(connection, tenant):
                 return None
-            await shreds.lock_tenant(connection, tenant)
+            await tenants.lock(connection, tenant)
             destroyed = await unused_keys.destroy(connection, tenant, before, versions)
             if destroyed:
                 await self._next_epoch(connection, tenant)
@@ -79,7 +79,7 @@ class CleanUp:
         return await guard.take(connection, tenant)
 
     async def _next_epoch(self, connection: Connection, tenant: str) -> None:
-        await shreds.next_epoch(connection, tenant, shredding=False)
+        await tenants.next_epoch(connection, tenant, shredding=False)
 
     def _report(self, found: list[Cleaned]) -> None:
         counts = {outcome: sum(c.outcome == outcome for c in found) for outcome in ("destroyed", "in_use", "busy")}

@@ -23,7 +23,7 @@ from sidecar.postgres.connection import Connection, Pool
 from sidecar.postgres.errors import mapped
 from sidecar.postgres.event_store import COLUMNS, event_of
 from sidecar.postgres.keystore import KeyStore
-from sidecar.postgres.shreds import messages_of
+from sidecar.postgres.scopes import messages_of
 
 _OF_STREAM = COLUMNS + "WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position >= $3 ORDER BY m.stream_position LIMIT $4"
 _OF_TENANT = (

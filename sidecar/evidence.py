@@ -21,7 +21,7 @@ from sidecar.core.errors import SidecarError, Unavailable
 from sidecar.core.model import Erased, Event, Scope
 from sidecar.event_store import EventStore
 from sidecar.ports import Clock
-from sidecar.postgres import audit, evidence, shreds
+from sidecar.postgres import audit, evidence, scopes
 from sidecar.postgres.connection import Pool, transaction
 from sidecar.postgres.evidence import Due, Record
 from sidecar.settings import Settings
@@ -135,7 +135,7 @@ class Evidence:
         """As on the receipt; counted now where the receipt did not wait for it."""
         told = due.receipt["events"]
         if told["unreadable"] is None:
-            told = told | shreds.events_on_receipt(*await shreds.count_events(connection, scope, due.stood_at))
+            told = told | scopes.events_on_receipt(*await scopes.count_events(connection, scope, due.stood_at))
         partly = {name: told[name] for name in ("clear_remainders", "remainders_deleted") if name in told}
         return {"unreadable": told["unreadable"], "plain_remaining": told["plain_remaining"], "plain_deleted": told.get("plain_deleted", 0)} | partly
 

@@ -8,12 +8,12 @@ from uuid import UUID
 
 from sidecar import telemetry
 from sidecar.core.errors import CommandRejected
+from sidecar.core.keys import Keys
 from sidecar.core.model import Scope
-from sidecar.postgres import quarantine, shreds
+from sidecar.postgres import quarantine, tenants
 from sidecar.postgres.connection import Connection, transaction
 from sidecar.postgres.holds import refuse_held
 from sidecar.postgres.residue import Entry, Look
-from sidecar.postgres.shreds import Keys
 from sidecar.steps import WRITER, Steps, failpoint
 
 LONGEST_SECONDS = 300.0
@@ -50,7 +50,7 @@ async def destroy_unwatched(steps: Steps) -> None:
 async def _destroy(steps: Steps, command_id: UUID, scope: Scope, actor: str) -> None:
     """Raises CommandRejected while a hold is in force."""
     async with transaction(steps.pool) as connection:
-        await shreds.lock_tenant(connection, scope.tenant)
+        await tenants.lock(connection, scope.tenant)
         await refuse_held(connection, scope)
         keys = await quarantine.destroy(connection, command_id)
         if keys.names:  # else a kill came between this and the record of it, or a later shred went first

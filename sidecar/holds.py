@@ -11,10 +11,10 @@ from contextlib import asynccontextmanager
 from sidecar.core.command import Command
 from sidecar.core.errors import CommandRejected
 from sidecar.core.model import Scope
-from sidecar.postgres import commands, holds, replays, shreds
+from sidecar.postgres import commands, holds, replays, tenants
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, transaction
-from sidecar.postgres.shreds import Tenant
+from sidecar.postgres.tenants import Tenant
 from sidecar.steps import FINISHED, Steps, failpoint
 
 
@@ -71,6 +71,6 @@ async def _done(steps: Steps, job: Job, command: Command) -> Job:
 async def _locked(steps: Steps, scope: Scope) -> AsyncIterator[tuple[Connection, Tenant]]:
     async with transaction(steps.pool) as connection:
         await connection.execute("SET LOCAL synchronous_commit = on")
-        locked = await shreds.lock_tenant(connection, scope.tenant)
+        locked = await tenants.lock(connection, scope.tenant)
         await replays.adopt(connection, scope)  # a name that came up for the first time since a restore
         yield connection, locked

@@ -18,7 +18,7 @@ from sidecar.core.command import OPS, Command, Incoming, compose, parse, receipt
 from sidecar.core.errors import CommandRejected, Conflict, SidecarError, Unavailable
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.ports import Clock
-from sidecar.postgres import audit, commands
+from sidecar.postgres import audit, commands, rotations
 from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.settings import Settings
 from sidecar.signing import authority
@@ -198,7 +198,7 @@ async def schedule_rotations(settings: Settings, pool: Pool, clock: Clock) -> in
     """Put what is due by age into the inbox; -> how many. A class of a tenant that is already on its way is left alone."""
     now = clock.now()
     async with transaction(pool) as connection:
-        due = await commands.rotations_due(connection, now)
+        due = await rotations.due(connection, now)
     for tenant, stream_class, older_than in due:
         scope = Scope(tenant=tenant, kind=ScopeKind.CLASS, id=stream_class)
         identity = receipt_id("timer", tenant, stream_class, now.isoformat())

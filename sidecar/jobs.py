@@ -15,7 +15,7 @@ from sidecar.core.command import Command, stored
 from sidecar.core.errors import CommandRejected
 from sidecar.core.model import ScopeKind
 from sidecar.kafka.jobs import publish
-from sidecar.postgres import commands, jobs, shreds
+from sidecar.postgres import commands, jobs, tenants
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import transaction
 from sidecar.settings import Settings
@@ -37,7 +37,7 @@ class Jobs:
         if scope.kind is ScopeKind.SUBJECT:
             raise CommandRejected("unsupported_scope", "events are sealed anew by tenant, class or stream")
         async with self._steps.under_guard(scope.tenant) as connection:
-            tenant = await shreds.lock_tenant(connection, scope.tenant)
+            tenant = await tenants.lock(connection, scope.tenant)
             if tenant.state != "active":
                 raise CommandRejected("tenant_shredded", f"the tenant is {tenant.state}")
             if command.into and not await jobs.is_copy(connection, scope.tenant, scope.id, command.into):
@@ -45,7 +45,7 @@ class Jobs:
             split = 0
             if command.split:
                 split = await jobs.split_off(connection, scope)
-                await shreds.next_epoch(connection, scope.tenant, shredding=False)
+                await tenants.next_epoch(connection, scope.tenant, shredding=False)
             chunks = await jobs.plan(connection, job.command_id, scope, plain=command.plain, into=command.into)
             into = scope_ref(replace(scope, id=command.into)).hex() if command.into else None
             facts = await self._steps.audited(connection, command, "events.reencrypt", chunks=chunks, split=split, plain=command.plain, into=into)

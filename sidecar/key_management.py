@@ -17,7 +17,7 @@ from sidecar.core.aead import Cipher, Suite
 from sidecar.core.blind_index import IndexKey
 from sidecar.core.envelope import Header
 from sidecar.core.errors import CommandRejected, Conflict, KeyUnavailable, RecordRefused, StoreUnavailable, UnknownKey
-from sidecar.core.keys import UseLimits
+from sidecar.core.keys import Keys, UseLimits
 from sidecar.core.model import Scope, ScopeKind, tenant_id
 from sidecar.core.policy import Encrypt, PolicySet, Unmatched
 from sidecar.core.streams import Fresh, SealingKey, Stream, Tenant, Touch
@@ -26,7 +26,7 @@ from sidecar.event_store import Ciphers
 from sidecar.keys import KeyManagement
 from sidecar.ledger import LedgerGate
 from sidecar.ports import Clock
-from sidecar.postgres import audit, guard, holds, shreds
+from sidecar.postgres import audit, guard, holds, rotations, shreds, tenants
 from sidecar.postgres import fresh as fresh_rows
 from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.postgres.errors import Moved
@@ -191,7 +191,7 @@ class KeyManagementService:
             if await holds.overlapping(connection, scope):
                 return False
             if scope.kind is ScopeKind.TENANT:
-                return await shreds.find_tenant(connection, scope.tenant) is not None
+                return await tenants.find(connection, scope.tenant) is not None
             try:
                 await shreds.refuse_shared(connection, scope)
             except CommandRejected:
@@ -302,13 +302,12 @@ class KeyManagementService:
         """New keys, under the guard and before anything is sealed with them: an append that comes to nothing leaves a harmless key."""
         if tenant.exists and not (fresh.deks or fresh.keks or fresh.reserved or fresh.retired):
             return
-        tenants = [] if tenant.exists else [tenant.id]
-        made = Fresh(tenants=tenants, keks=fresh.keks, deks=fresh.deks, retired=fresh.retired, reserved=fresh.reserved)
+        made = Fresh(tenants=[] if tenant.exists else [tenant.id], keks=fresh.keks, deks=fresh.deks, retired=fresh.retired, reserved=fresh.reserved)
         async with transaction(self._pool) as connection:
             # a session that made the tenant and has not ended may be our own caller's: it is not waited for without end
             await connection.execute(f"SET LOCAL lock_timeout = {LOCK_MS}")
             await connection.execute("SELECT guarded($1, $2)", guard_stripe(tenant.id), tenant.id)
-            now = await shreds.find_tenant(connection, tenant.id)
+            now = await tenants.find(connection, tenant.id)
             as_loaded = None if not tenant.exists else (tenant.state, tenant.generation, tenant.epoch)
             if (now and (now.state, now.generation, now.epoch)) != as_loaded:
                 raise Conflict("the tenant changed while its keys were made")
@@ -400,14 +399,14 @@ class KeyManagementService:
         async with transaction(self._pool) as connection:
             if not await guard.take(connection, scope.tenant):
                 raise StoreUnavailable("a batch did not let go of the tenant in time; try again")  # nobody is ended for a rotation
-            tenant = await shreds.lock_tenant(connection, scope.tenant)
+            tenant = await tenants.lock(connection, scope.tenant)
             if tenant.state != "active":
                 raise RecordRefused("tenant_shredded")
-            names = await shreds.retire(connection, scope, None)
-            await shreds.next_epoch(connection, scope.tenant, shredding=False)
+            names = await rotations.retire(connection, scope, None)
+            await tenants.next_epoch(connection, scope.tenant, shredding=False)
             await audit.append(
                 connection, writer=self._writer, at=self._clock.now(), action="keys.rotate", actor=actor, tenant=scope.tenant,
-                details=shreds.Keys(names=names).in_audit(),
+                details=Keys(names=names).in_audit(),
             )  # fmt: skip
         return names
 

@@ -20,7 +20,7 @@ from sidecar.core.ledger import Entry, parse_entry
 from sidecar.kafka.ledger import LedgerRecord, LedgerTopic
 from sidecar.ledger import LedgerGate, entry_id_of, key_of, parse_envelope
 from sidecar.ports import Clock
-from sidecar.postgres import audit, guard, ledger, replays, shreds
+from sidecar.postgres import audit, guard, ledger, replays, tenants
 from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.settings import Settings
 from sidecar.signing import load_public_key, load_signer, public_path
@@ -143,7 +143,7 @@ class LedgerReplay:
                 await ledger.enter(connection, entry, each.envelope, published=True)
                 return
         async with self._steps.under_guard(tenant) as connection:
-            await shreds.lock_tenant(connection, tenant)
+            await tenants.lock(connection, tenant)
             scope = await replays.scope_of(connection, tenant, entry)
             details: dict[str, Any] = {"command_id": str(entry.command_id), "act": entry.act, "offset": each.offset}
             if scope is None:

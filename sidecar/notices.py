@@ -11,9 +11,9 @@ from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.view import ERASED_TYPE, parse_attributes, view_key, view_partition
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.receipts import ViewRecord, ViewWriter
-from sidecar.postgres import shreds
+from sidecar.postgres import scopes
 from sidecar.postgres.connection import Pool, transaction
-from sidecar.postgres.shreds import Match, View
+from sidecar.postgres.views import Match, View, views_on_record
 
 
 class Notices:
@@ -25,10 +25,10 @@ class Notices:
     async def affected(self, scope: Scope) -> list[View]:
         """The views that may hold records of the scope, by any match that they ever had, where the topic exists."""
         async with transaction(self._pool) as connection:
-            views = await shreds.views(connection)
+            views = await views_on_record(connection)
             of_class = scope.id if scope.kind is ScopeKind.CLASS else None
             if scope.kind is ScopeKind.STREAM:
-                of_class = await shreds.stream_class(connection, scope.tenant, scope.id)
+                of_class = await scopes.stream_class(connection, scope.tenant, scope.id)
         present = await asyncio.to_thread(self._admin.describe, {view.topic for view in views})
         wanted = [v for v in views if any(matches(m.tenants, scope.tenant) and (of_class is None or matches(m.classes, of_class)) for m in v.matches)]
         return [view for view in wanted if view.topic in present]

@@ -11,7 +11,7 @@ from sidecar.core.command import Command
 from sidecar.core.errors import CommandRejected, StoreUnavailable
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.notices import Notices
-from sidecar.postgres import commands, holds, shreds
+from sidecar.postgres import commands, holds, scopes, shreds
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, transaction
 from sidecar.steps import FINISHED, Steps
@@ -30,7 +30,7 @@ async def preview(steps: Steps, notices: Notices, job: Job, command: Command) ->
         async with transaction(steps.pool) as connection:
             return await query(connection, scope)
 
-    counts = asyncio.gather(ask(shreds.count_deks), ask(_tenant_keys), ask(shreds.count_streams))
+    counts = asyncio.gather(ask(scopes.count_deks), ask(_tenant_keys), ask(scopes.count_streams))
     found = asyncio.gather(ask(_events), ask(holds.overlapping), ask(_shared), notices.affected(scope))
     (deks, keks, streams), (events, in_force, shared, views) = await counts, await found
     if command.include_plain and events["plain_remaining"] is not None:
@@ -58,15 +58,15 @@ async def _events(connection: Connection, scope: Scope) -> dict[str, Any]:
     try:
         async with connection.transaction():
             await connection.execute(f"SET LOCAL statement_timeout = {COUNT_MS}")
-            return shreds.events_on_receipt(*await shreds.count_events(connection, scope)) | {"exact": True}
+            return scopes.events_on_receipt(*await scopes.count_events(connection, scope)) | {"exact": True}
     except StoreUnavailable:
         await connection.execute("SET LOCAL statement_timeout = 0")
-        sealed, plain = await shreds.estimate_events(connection, scope)
-        return shreds.events_on_receipt(sealed, plain) | {"exact": False}
+        sealed, plain = await scopes.estimate_events(connection, scope)
+        return scopes.events_on_receipt(sealed, plain) | {"exact": False}
 
 
 async def _tenant_keys(connection: Connection, scope: Scope) -> dict[str, int]:
-    return {"tenant_keys": await shreds.count_keks(connection, scope.tenant)} if scope.kind is ScopeKind.TENANT else {}
+    return {"tenant_keys": await scopes.count_keks(connection, scope.tenant)} if scope.kind is ScopeKind.TENANT else {}
 
 
 async def _shared(connection: Connection, scope: Scope) -> str | None:

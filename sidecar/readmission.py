@@ -10,11 +10,12 @@ from uuid import UUID
 from sidecar import grace
 from sidecar.core.command import Command
 from sidecar.core.errors import CommandRejected
+from sidecar.core.keys import Keys
 from sidecar.core.model import Scope, ScopeKind
-from sidecar.postgres import commands, quarantine, readmissions, replays, shreds
+from sidecar.postgres import commands, quarantine, readmissions, replays, tenants
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, transaction
-from sidecar.postgres.shreds import Keys, Tenant
+from sidecar.postgres.tenants import Tenant
 from sidecar.steps import FINISHED, Steps, failpoint
 
 
@@ -34,7 +35,7 @@ class Readmission:
         if scope.kind is ScopeKind.TENANT and not command.restore:
             await self._renew(scope.tenant)
         async with steps.under_guard(scope.tenant) as connection:
-            tenant = await shreds.lock_tenant(connection, scope.tenant)
+            tenant = await tenants.lock(connection, scope.tenant)
             await replays.adopt(connection, scope)
             await self._refuse(connection, tenant, scope)
             undone: list[UUID | None] = [None]
@@ -48,7 +49,7 @@ class Readmission:
                 generation = await readmissions.next_generation(connection, scope.tenant)
             else:
                 await readmissions.lift_fence(connection, scope)
-            await shreds.next_epoch(connection, scope.tenant, shredding=False)
+            await tenants.next_epoch(connection, scope.tenant, shredding=False)
             facts = await steps.audited(connection, command, f"{scope.kind}.{act}", keys)
             for shred in undone:
                 await steps.ledger.enter(connection, command, "readmit", at=steps.clock.now(), generation=generation, undoes=shred)

@@ -12,7 +12,7 @@ from sidecar.core.errors import Conflict
 from sidecar.core.keys import Kek, KekRow
 from sidecar.keys import KeyManagement, dek_row, kek_row, rewrap_dek
 from sidecar.ports import Clock
-from sidecar.postgres import audit, guard, rekeys, shreds
+from sidecar.postgres import audit, guard, rekeys, tenants
 from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.postgres.rekeys import Rewrapped
 from sidecar.postgres.seal_epochs import SealEpoch
@@ -49,11 +49,11 @@ class Rekeying:
         kek.destroy()
         (await self._keys.open_kek(row)).destroy()  # before anything depends on it
         async with guard.exclusively(self._pool, last.tenant, set()) as connection:
-            tenant = await shreds.lock_tenant(connection, last.tenant)
+            tenant = await tenants.lock(connection, last.tenant)
             if (tenant.state, tenant.generation) != ("active", last.generation):
                 raise Conflict("the tenant changed meanwhile")
             await rekeys.start(connection, row)
-            await shreds.next_epoch(connection, last.tenant, shredding=False)
+            await tenants.next_epoch(connection, last.tenant, shredding=False)
             await self._audited(connection, "begin", row, actor, kms_uri=row.kms_uri, kms_key_version=row.kms_key_version)
         return row
 
@@ -90,14 +90,14 @@ class Rekeying:
         """False if the tenant's epoch moved since the last look: then a key may have come back under an older KEK."""
         failpoint("rekey:moved")
         async with guard.exclusively(self._pool, newest.tenant, set()) as connection:
-            tenant = await shreds.lock_tenant(connection, newest.tenant)
+            tenant = await tenants.lock(connection, newest.tenant)
             if (tenant.state, tenant.generation) != ("active", newest.generation):
                 return True  # shredded: there is nothing left to move
             if tenant.epoch != epoch:
                 return False
             gone = await rekeys.finish(connection, newest)
             if gone:
-                await shreds.next_epoch(connection, newest.tenant, shredding=False)
+                await tenants.next_epoch(connection, newest.tenant, shredding=False)
                 await self._audited(connection, "done", newest, actor, destroyed=gone)
         return True
 

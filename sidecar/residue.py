@@ -26,7 +26,7 @@ from sidecar.core.command import Command, receipt_id, rfc3339
 from sidecar.core.errors import SidecarError
 from sidecar.grace import Grace
 from sidecar.notices import Notices
-from sidecar.postgres import blind_index, commands, residue, shreds
+from sidecar.postgres import blind_index, commands, residue, scopes, shreds
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, transaction
 from sidecar.postgres.residue import Entry, Look, Planned, Shown
@@ -136,7 +136,7 @@ class Residue:
             body = body | {"irrecoverable_at": body["inaccessible_at"], "irrecoverable_reason": None}
         if body["events"].get("counting"):
             stood_at = await commands.written_at(connection, UUID(stands["receipt_id"]))
-            body["events"] = body["events"] | shreds.events_on_receipt(*await shreds.count_events(connection, command.scope, stood_at))
+            body["events"] = body["events"] | scopes.events_on_receipt(*await scopes.count_events(connection, command.scope, stood_at))
             body["events"] |= {"counting": False}
         body |= await self._steps.audited(connection, command, "shred.complete", residue=len(rows))
         body |= {"receipt_id": str(receipt_id(command.command_id, "complete")), "status": "complete"}

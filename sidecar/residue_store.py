@@ -7,7 +7,7 @@ from typing import Any, Final
 from sidecar.core.errors import AccessDenied
 from sidecar.core.model import ScopeKind
 from sidecar.ports import Clock
-from sidecar.postgres import residue, seal_epochs, shreds
+from sidecar.postgres import residue, seal_epochs
 from sidecar.postgres.connection import Pool, transaction
 from sidecar.postgres.residue import KEY_TABLES, Entry, Look, Planned
 from sidecar.sealing import Sealing
@@ -59,7 +59,7 @@ class DeadRows:
             if await residue.pending(connection, entry.command_id, "grace"):
                 return Look(again=_patience(entry.attempts), details={"reason": "waits for the end of the grace"})
             plain = {"plain": True} if entry.details.get("plain") else {}
-            details = plain | {"xid": entry.details.get("xid") or await shreds.own_xid(connection)}
+            details = plain | {"xid": entry.details.get("xid") or await residue.own_xid(connection)}
         before, tables = self._rid.get(bool(plain), (0, {}))
         if int(details["xid"]) < before:  # what ran for a later shred took this one's rows along
             return Look(again=None, details=details | {"tables": tables})

@@ -17,10 +17,10 @@ from sidecar.kafka import scan
 from sidecar.kafka.admin import Admin, TopicInfo
 from sidecar.kafka.receipts import ViewRecord
 from sidecar.notices import Notices, erasing_keys, notice, tombstones
-from sidecar.postgres import residue, shreds
+from sidecar.postgres import residue
 from sidecar.postgres.connection import transaction
 from sidecar.postgres.residue import Entry, Look
-from sidecar.postgres.shreds import View
+from sidecar.postgres.views import View, views_on_record
 from sidecar.settings import Settings
 from sidecar.steps import Steps, failpoint
 
@@ -67,7 +67,7 @@ class ViewRecords:
 
     async def _view(self, entry: Entry) -> View:
         async with transaction(self._pool) as connection:
-            return next(view for view in await shreds.views(connection) if view.topic == entry.place)
+            return next(view for view in await views_on_record(connection) if view.topic == entry.place)
 
     async def _write_tombstones(self, entry: Entry, view: View) -> Entry:
         """Some of them; behind the last one `details.tombstones` says how many they are."""

@@ -9,10 +9,10 @@ from typing import Any, Final
 
 from sidecar.core.command import Command
 from sidecar.core.errors import CommandRejected
-from sidecar.postgres import commands, shreds
+from sidecar.core.keys import Keys
+from sidecar.postgres import commands, rotations, tenants
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import transaction
-from sidecar.postgres.shreds import Keys
 from sidecar.steps import FINISHED, Steps, failpoint
 
 CHUNK: Final = 2000
@@ -37,9 +37,9 @@ class Rotation:
         async with transaction(self._steps.pool) as connection:
             since = job.facts.get("since") or (await commands.database_time(connection)).isoformat()
             bound = command.older_than or datetime.fromisoformat(since)
-            if not await shreds.more_live_than(connection, scope, bound, CHUNK):
+            if not await rotations.more_live_than(connection, scope, bound, CHUNK):
                 return None
-            names = await shreds.retire(connection, scope, bound, CHUNK)
+            names = await rotations.retire(connection, scope, bound, CHUNK)
             if not names:
                 return None  # others hold them all
             so_far = _so_far(job) + len(names)
@@ -50,11 +50,11 @@ class Rotation:
         """None of the marked keys seals anything after this commit: batches verify the tenant epoch under the guard."""
         scope, since = command.scope, job.facts.get("since")
         async with self._steps.under_guard(scope.tenant) as connection:
-            tenant = await shreds.lock_tenant(connection, scope.tenant)
+            tenant = await tenants.lock(connection, scope.tenant)
             if tenant.state != "active":
                 raise CommandRejected("tenant_shredded", f"the tenant is {tenant.state}")
-            names = await shreds.retire(connection, scope, command.older_than or (since and datetime.fromisoformat(since)))
-            await shreds.next_epoch(connection, scope.tenant, shredding=False)
+            names = await rotations.retire(connection, scope, command.older_than or (since and datetime.fromisoformat(since)))
+            await tenants.next_epoch(connection, scope.tenant, shredding=False)
             facts: dict[str, Any] = {"keys": {"count": _so_far(job) + len(names)}, **self._steps.terminated(scope.tenant)}
             facts |= await self._steps.audited(connection, command, "keys.rotate", Keys(names=names))
             marked = await commands.advance(connection, job, "marked", facts)

@@ -18,14 +18,16 @@ from typing import Any, Final, TypeVar
 
 from sidecar.core.command import Command, rfc3339
 from sidecar.core.errors import BrokerUnavailable, CommandRejected, StoreUnavailable
+from sidecar.core.keys import Keys
 from sidecar.core.ledger import SourceEnd
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.notices import Notices, plain_tombstones
-from sidecar.postgres import commands, replays, residue, shreds
+from sidecar.postgres import commands, replays, residue, scopes, shreds, tenants
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, transaction
 from sidecar.postgres.holds import refuse_held
-from sidecar.postgres.shreds import Keys, Tenant
+from sidecar.postgres.tenants import Tenant
+from sidecar.postgres.views import views_on_record
 from sidecar.preview import preview
 from sidecar.residue import Residue, on_receipt, reason
 from sidecar.settings import Settings
@@ -78,7 +80,7 @@ class Shredding:
         async with self._steps.under_guard(scope.tenant) as connection:
             await self._refuse(connection, scope, kept_until)
             await shreds.fence(connection, scope, command.command_id)
-            await shreds.next_epoch(connection, scope.tenant, shredding=False)
+            await tenants.next_epoch(connection, scope.tenant, shredding=False)
             facts = {"kept_until": kept_until.isoformat()} if kept_until else {}
             facts |= await self._steps.audited(connection, command, f"{scope.kind}.close")
             return await commands.advance(connection, job, "closed", facts)
@@ -100,7 +102,7 @@ class Shredding:
 
     async def _refuse(self, connection: Connection, scope: Scope, kept_until: datetime | None) -> Tenant:
         """Raises CommandRejected; else the tenant's row is locked."""
-        tenant = await shreds.lock_tenant(connection, scope.tenant)
+        tenant = await tenants.lock(connection, scope.tenant)
         await replays.adopt(connection, scope)
         await refuse_held(connection, scope)
         if kept_until is not None:
@@ -118,11 +120,11 @@ class Shredding:
                 ends = await self._source_ends(connection)
                 keys = await shreds.take_keys(connection, scope, command.command_id, kept_until)
             else:
-                tenant, ends, keys = await shreds.lock_tenant(connection, scope.tenant), await self._source_ends(connection), Keys()
+                tenant, ends, keys = await tenants.lock(connection, scope.tenant), await self._source_ends(connection), Keys()
             taken = emptied or keys.on_receipt()
             await shreds.record_barriers(connection, command.command_id, scope.tenant, ends)
-            await shreds.next_epoch(connection, scope.tenant, shredding=scope.kind is ScopeKind.TENANT)
-            facts: dict[str, Any] = {"keys": taken, **self._steps.terminated(scope.tenant), "xid": await shreds.own_xid(connection)}
+            await tenants.next_epoch(connection, scope.tenant, shredding=scope.kind is ScopeKind.TENANT)
+            facts: dict[str, Any] = {"keys": taken, **self._steps.terminated(scope.tenant), "xid": await residue.own_xid(connection)}
             if kept_until and taken["count"]:
                 facts["kept_until"] = kept_until.isoformat()
             if not taken["count"] and not await self._known(connection, scope):
@@ -163,12 +165,12 @@ class Shredding:
 
     async def _known(self, connection: Connection, scope: Scope) -> bool:
         if scope.kind is ScopeKind.STREAM:
-            return await shreds.stream_class(connection, scope.tenant, scope.id) is not None
+            return await scopes.stream_class(connection, scope.tenant, scope.id) is not None
         return scope.kind is ScopeKind.TENANT
 
     async def _bar(self, job: Job, command: Command) -> Job:
         async with transaction(self._steps.pool) as connection:
-            views = await shreds.views(connection)
+            views = await views_on_record(connection)
         instances = await self._steps.release(job)
         failpoint("shred:released")
         # After all fences, and again whenever they are done again: what a late commit put there stands below the barrier.
@@ -187,13 +189,13 @@ class Shredding:
         await self._steps.ledger.publish()
         failpoint("shred:in ledger")
         events, deks, planned = await asyncio.gather(
-            self._bounded(lambda c: shreds.count_events(c, scope)),
-            self._bounded(lambda c: shreds.count_deks(c, scope)) if scope.kind is ScopeKind.TENANT else _nothing(),
+            self._bounded(lambda c: scopes.count_events(c, scope)),
+            self._bounded(lambda c: scopes.count_deks(c, scope)) if scope.kind is ScopeKind.TENANT else _nothing(),
             self._residue.plan(job, command),
         )
         counted: dict[str, Any] = {"unreadable": None, "plain_remaining": None, "counting": True}
         if events is not None:
-            counted = shreds.events_on_receipt(*events)
+            counted = scopes.events_on_receipt(*events)
         facts = job.facts
         body = self._steps.receipt_of(
             job,
@@ -210,7 +212,7 @@ class Shredding:
         )
         async with transaction(self._steps.pool) as connection:
             if scope.kind is ScopeKind.TENANT:
-                await shreds.mark_shredded(connection, scope.tenant)
+                await tenants.mark_shredded(connection, scope.tenant)
             await residue.insert(connection, job.command_id, planned, self._steps.clock.now())
             return await commands.advance(connection, job, "inaccessible", receipt=body)
 

@@ -18,6 +18,7 @@ from uuid import UUID
 from sidecar import telemetry
 from sidecar.core.audit import scope_ref
 from sidecar.core.command import Command, receipt, receipt_id
+from sidecar.core.keys import Keys
 from sidecar.core.model import Scope
 from sidecar.kafka.admin import Admin
 from sidecar.ledger import Ledger
@@ -26,7 +27,6 @@ from sidecar.postgres import audit, guard
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.postgres.guard import Backend
-from sidecar.postgres.shreds import Keys
 
 WRITER: Final = "control-0"
 FINISHED: Final = "done"

@@ -8,9 +8,9 @@ import typer
 from sidecar.cli.context import Cli, cli, run_async
 from sidecar.core.errors import BrokerUnavailable
 from sidecar.kafka.admin import Admin
-from sidecar.postgres.commands import LIVE_KEYS
 from sidecar.postgres.connection import connected
 from sidecar.postgres.errors import mapped
+from sidecar.postgres.rotations import LIVE_KEYS
 
 _DUE = f"""
 SELECT count(DISTINCT (k.tenant_id, k.key_id, k.key_version)) FROM ({LIVE_KEYS}) k JOIN tenants t USING (tenant_id, generation)

@@ -15,6 +15,7 @@ The lifecycle, drawn in docs from this table:
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
+from typing import Any
 from uuid import UUID
 
 from sidecar.core.aead import KEY_BYTES, NONCE_BYTES, TAG_BYTES, Cipher, Secret, Suite, derive, expand, lp, open_into, u32, wipe
@@ -31,6 +32,9 @@ SOFT_LIMIT_USES = 2**28
 USES_BLOCK = 2**16
 SUBJECTS_PER_BLOCK = 64
 """A person's key is used seldom: its block is a class's by this."""
+
+NAMED_AT_MOST = 1000
+"""Keys in one row of the audit trail."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +209,24 @@ class DekRow:
     wrapped: bytes | None
     commitment: bytes
     is_active: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """Which keys were destroyed (or marked), by fingerprint and by name."""
+
+    fingerprints: list[bytes] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    def on_receipt(self) -> dict[str, Any]:
+        return {"count": len(self.fingerprints), "fingerprints_sha256": sha256(b"".join(sorted(self.fingerprints))).hexdigest()}
+
+    def in_audit(self) -> dict[str, Any]:
+        """All names, or where they are too many for one row, their count and a digest over them."""
+        names = sorted(self.names)
+        if len(names) <= NAMED_AT_MOST:
+            return {"count": len(names), "keys": names}
+        return {"count": len(names), "keys_sha256": sha256("\n".join(names).encode()).hexdigest()}
 
 
 def kek_context(tenant: str, generation: int, version: int) -> bytes:

@@ -9,7 +9,7 @@ from sidecar.core.blind_index import SCOPE_ID
 from sidecar.core.model import Scope
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
-from sidecar.postgres.shreds import messages_of
+from sidecar.postgres.scopes import messages_of
 
 COLUMNS: Final = ("tenant_id", "token", "stream_id", "stream_position")
 Row = tuple[str, bytes, str, int]

@@ -6,7 +6,7 @@ lost its lock, only one takes a step. A receipt is written in the transaction of
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
@@ -16,16 +16,6 @@ from sidecar.postgres.errors import mapped
 
 CHANNEL: Final = "sidecar_commands"
 TIMER_ISSUER: Final = "timer"
-
-LIVE_KEYS: Final = """
-SELECT k.tenant_id, k.generation, k.key_id, k.key_version, k.created_at, coalesce(s.stream_type_class, k.outside_class, k.scope_id) AS class FROM encryption_keys k
-  LEFT JOIN streams s ON k.scope_kind = 'stream' AND s.tenant_id = k.tenant_id AND s.stream_id = k.scope_id
-  WHERE k.is_active AND k.scope_kind IN ('stream', 'class')
-UNION ALL
-SELECT k.tenant_id, k.generation, k.key_id, k.key_version, k.created_at, s.stream_type_class FROM encryption_keys k
-  JOIN stream_key_history h USING (tenant_id, key_id, key_version) JOIN streams s USING (tenant_id, stream_id)
-  WHERE k.is_active AND k.scope_kind IN ('subject', 'tenant') AND h.used_to_position IS NULL"""
-"""Keys that seal, by the classes whose policies say how old they may become: a person's, and the tenant's, by the streams that they are used in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,37 +272,3 @@ async def written_at(connection: Connection, receipt_id: UUID) -> datetime:
     with mapped():
         at: datetime = await connection.fetchval("SELECT created_at FROM receipts WHERE receipt_id = $1", receipt_id)
     return at
-
-
-async def rotations_due(connection: Connection, now: datetime, limit: int = 500) -> list[tuple[str, str, datetime]]:
-    """-> (tenant, class, keys made before that are too old): by the tenant's own policy before the one of `*`; none twice at a time."""
-    with mapped():
-        # Of a century at most, which a datetime can be taken back by.
-        ask = "SELECT min(least(key_rotation_interval_days, 36500)) FROM encryption_policies WHERE encryption_required"
-        shortest: int | None = await connection.fetchval(ask)
-        if shortest is None:
-            return []
-        # As a value, not as a subquery: the planner looks up how few keys are older, and takes the index.
-        rows = await connection.fetch(
-            f"""
-            WITH oldest AS (
-              SELECT k.tenant_id, k.class, min(k.created_at) AS made FROM ({LIVE_KEYS}) k JOIN tenants USING (tenant_id, generation)
-              WHERE k.created_at < $4::timestamptz GROUP BY 1, 2
-            )
-            SELECT o.tenant_id, o.class, $1::timestamptz - make_interval(days => p.days) AS older_than
-            FROM oldest o JOIN tenants t USING (tenant_id)
-            CROSS JOIN LATERAL (
-              SELECT key_rotation_interval_days AS days FROM encryption_policies
-              WHERE stream_type_class = o.class AND tenant_id IN (o.tenant_id, '*') ORDER BY tenant_id = '*' LIMIT 1
-            ) p
-            WHERE t.state = 'active' AND o.made < $1::timestamptz - make_interval(days => p.days)
-              AND NOT EXISTS (SELECT FROM commands c WHERE c.finished_at IS NULL AND c.issuer = $2 AND c.tenant_id = o.tenant_id
-                              AND c.result ->> 'class' = o.class)
-            ORDER BY o.made LIMIT $3
-            """,  # noqa: S608 (constants)
-            now,
-            TIMER_ISSUER,
-            limit,
-            now - timedelta(days=shortest),
-        )
-    return [(row["tenant_id"], row["class"], row["older_than"]) for row in rows]

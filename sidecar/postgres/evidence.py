@@ -13,7 +13,7 @@ from sidecar.postgres import residue
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
 from sidecar.postgres.residue import Shown
-from sidecar.postgres.shreds import messages_of
+from sidecar.postgres.scopes import messages_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

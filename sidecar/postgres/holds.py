@@ -16,7 +16,7 @@ from sidecar.core.model import Scope, ScopeKind
 from sidecar.postgres import ledger
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
-from sidecar.postgres.shreds import STREAMS
+from sidecar.postgres.scopes import STREAMS
 
 NAMED_AT_MOST: Final = 5
 
@@ -89,7 +89,7 @@ async def _foretold(connection: Connection, scope: Scope) -> list[Hold]:
 async def refuse_held(connection: Connection, scope: Scope) -> None:
     """Raises CommandRejected (`legal_hold`) with reasons and hold ids if any hold in force overlaps the scope.
 
-    Call it in the transaction of what cannot be taken back, after `shreds.lock_tenant`: a hold is placed under the same lock, so one that
+    Call it in the transaction of what cannot be taken back, after `tenants.lock`: a hold is placed under the same lock, so one that
     has its receipt is seen here.
     """
     held = await overlapping(connection, scope)

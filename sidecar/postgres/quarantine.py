@@ -4,10 +4,10 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from sidecar.core.keys import Keys
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
-from sidecar.postgres.shreds import Keys
 
 _DESTROY_KEKS = """
 WITH gone AS (DELETE FROM quarantined_keys WHERE command_id = $1 AND key_id IS NULL RETURNING *)

@@ -10,12 +10,12 @@ from typing import Any, Final
 from uuid import UUID
 
 from sidecar.core.audit import scope_ref, tenant_ref
+from sidecar.core.keys import Keys
 from sidecar.core.ledger import Entry
 from sidecar.core.model import Scope, ScopeKind
-from sidecar.postgres import holds, ledger, quarantine, readmissions, shreds
+from sidecar.postgres import holds, ledger, quarantine, readmissions, shreds, tenants
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
-from sidecar.postgres.shreds import Keys
 
 # Every name of the kind that this database has of the tenant $1, whose pseudonym is $2.
 _BY_REF: Final = {
@@ -74,7 +74,7 @@ async def apply(connection: Connection, entry: Entry, scope: Scope) -> Keys:
         await readmissions.lift_fence(connection, scope)
     else:
         await _hold(connection, entry, scope)
-    await shreds.next_epoch(connection, scope.tenant, shredding=False)
+    await tenants.next_epoch(connection, scope.tenant, shredding=False)
     return keys
 
 
@@ -156,7 +156,7 @@ async def answer(connection: Connection, scope: Scope) -> bool:
         )
     if scope.kind is ScopeKind.TENANT:
         return await adopt_tenant(connection, scope.tenant)
-    await shreds.lock_tenant(connection, scope.tenant)
+    await tenants.lock(connection, scope.tenant)
     return await adopt(connection, scope)
 
 

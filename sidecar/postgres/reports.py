@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sidecar.postgres.commands import LIVE_KEYS
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
+from sidecar.postgres.rotations import LIVE_KEYS
 
 _OF = "($1::text IS NULL OR {}.tenant_id = $1)"
 _COMMANDS = f"""FROM commands c WHERE {_OF.format("c")} AND c.received_at >= $2 AND c.received_at < $3"""

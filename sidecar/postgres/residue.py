@@ -15,7 +15,7 @@ from sidecar.core.command import Command, rfc3339, stored
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.postgres.connection import Connection, Pool
 from sidecar.postgres.errors import mapped
-from sidecar.postgres.shreds import messages_of
+from sidecar.postgres.scopes import messages_of
 
 KEY_TABLES: Final = ("tenant_keys", "encryption_keys", "quarantined_keys")
 REWRITE_BELOW_BYTES: Final = 64 * 2**20
@@ -186,6 +186,12 @@ async def encrypted_from(connection: Connection, tenant: str, streams: list[str]
 
 
 # ── the database's own copies ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def own_xid(connection: Connection) -> int:
+    """Of this transaction: who sees the rows as they were before it holds their old versions back."""
+    with mapped():
+        return int(await connection.fetchval("SELECT pg_current_xact_id()::text"))
 
 
 async def old_snapshots(connection: Connection, xid: int) -> list[str]:

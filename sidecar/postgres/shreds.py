@@ -1,100 +1,26 @@
-"""What shred and rotate do to keys, and what they count, as SQL. Always in the caller's transaction, mostly under the exclusive guard,
-so each statement is set-based and goes by an index where a tenant has millions of keys.
+"""What a shred does, as SQL: which it refuses, the fence, the keys, where the sources ended, what stands in clear. Always in the caller's
+transaction, mostly under the exclusive guard, so each statement is set-based and goes by an index where a tenant has millions of keys.
 """
 
-# ruff: noqa: S608 (statements are put together from constants of this file; what comes from outside is a parameter)
+# ruff: noqa: S608 (statements are put together from constants of this package; what comes from outside is a parameter)
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from datetime import datetime
-from hashlib import sha256
 from typing import Any, Final
 from uuid import UUID
 
 from sidecar.core.errors import CommandRejected
+from sidecar.core.keys import Keys
 from sidecar.core.ledger import SourceEnd
 from sidecar.core.model import Scope, ScopeKind
+from sidecar.postgres import scopes
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
 
-NAMED_AT_MOST: Final = 1000
 SHARERS_NAMED: Final = 20
-
-# Every key that a stream's events can have: its own scope's, what its history names, what it uses now. Each by an index.
-_STREAM_KEY_IDS = """
-  SELECT key_id FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = 'stream' AND scope_id = $2
-  UNION SELECT key_id FROM stream_key_history WHERE tenant_id = $1 AND stream_id = $2
-  UNION SELECT encryption_key_id FROM streams WHERE tenant_id = $1 AND stream_id = $2 AND encryption_key_id IS NOT NULL"""
-
-# Streams of the tenant $1 by class, with those that have no event here yet, but text that the library sealed, or events in another store.
-STREAMS: Final = """(SELECT stream_id, stream_type_class FROM streams WHERE tenant_id = $1
-  UNION ALL SELECT o.scope_id, o.outside_class FROM encryption_keys o WHERE o.tenant_id = $1 AND o.outside_class IS NOT NULL
-    AND NOT EXISTS (SELECT FROM streams t WHERE t.tenant_id = $1 AND t.stream_id = o.scope_id))"""
 
 _SET_ASIDE = "key_material = NULL, is_active = false, retired_at = coalesce(retired_at, now())"
 _DESTROY = "key_material = NULL, is_active = false, is_destroyed = true, destroyed_at = now()"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tenant:
-    state: str
-    generation: int
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Keys:
-    """Which keys were destroyed (or marked), by fingerprint and by name."""
-
-    fingerprints: list[bytes] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-
-    def on_receipt(self) -> dict[str, Any]:
-        return {"count": len(self.fingerprints), "fingerprints_sha256": sha256(b"".join(sorted(self.fingerprints))).hexdigest()}
-
-    def in_audit(self) -> dict[str, Any]:
-        """All names, or where they are too many for one row, their count and a digest over them."""
-        names = sorted(self.names)
-        if len(names) <= NAMED_AT_MOST:
-            return {"count": len(names), "keys": names}
-        return {"count": len(names), "keys_sha256": sha256("\n".join(names).encode()).hexdigest()}
-
-
-async def find_tenant(connection: Connection, tenant: str) -> Tenant | None:
-    with mapped():
-        row = await connection.fetchrow("SELECT state, generation, epoch FROM tenants WHERE tenant_id = $1", tenant)
-    return None if row is None else Tenant(state=row["state"], generation=row["generation"], epoch=row["epoch"])
-
-
-async def lock_tenant(connection: Connection, tenant: str) -> Tenant:
-    """Raises CommandRejected for one that does not exist."""
-    with mapped():
-        row = await connection.fetchrow("SELECT state, generation, epoch FROM tenants WHERE tenant_id = $1 FOR UPDATE", tenant)
-    if row is None:
-        raise CommandRejected("unknown_tenant", "there is no such tenant")
-    return Tenant(state=row["state"], generation=row["generation"], epoch=row["epoch"])
-
-
-async def own_xid(connection: Connection) -> int:
-    """Of this transaction: who sees the rows as they were before it holds their old versions back."""
-    with mapped():
-        return int(await connection.fetchval("SELECT pg_current_xact_id()::text"))
-
-
-async def next_epoch(connection: Connection, tenant: str, *, shredding: bool) -> None:
-    """No batch that was sealed under the epoch before is stored any more."""
-    with mapped():
-        await connection.execute(
-            """UPDATE tenants SET epoch = epoch + 1, state = CASE WHEN $2 AND state = 'active' THEN 'shredding' ELSE state END
-               WHERE tenant_id = $1""",
-            tenant,
-            shredding,
-        )
-
-
-async def mark_shredded(connection: Connection, tenant: str) -> None:
-    with mapped():
-        await connection.execute("UPDATE tenants SET state = 'shredded' WHERE tenant_id = $1 AND state = 'shredding'", tenant)
 
 
 async def take_keys(connection: Connection, scope: Scope, command_id: UUID, kept_until: datetime | None) -> Keys:
@@ -105,7 +31,7 @@ async def take_keys(connection: Connection, scope: Scope, command_id: UUID, kept
     if scope.kind is ScopeKind.TENANT:
         return await _take_tenant_keys(connection, scope.tenant, command_id, kept_until)
     await fence(connection, scope, command_id)
-    condition = _of_scope(scope)  # by scope, not by history: whatever a retired version was used for, it goes
+    condition = scopes.keys_of(scope)  # by scope, not by history: whatever a retired version was used for, it goes
     with mapped():
         if kept_until is None:
             await connection.execute(
@@ -145,48 +71,6 @@ async def take_keys(connection: Connection, scope: Scope, command_id: UUID, kept
     return keys
 
 
-async def fence(connection: Connection, scope: Scope, command_id: UUID) -> None:
-    """Of a scope below tenant level: from the commit on it gets no key."""
-    with mapped():
-        await connection.execute(
-            """INSERT INTO erased_scopes (tenant_id, scope_kind, scope_id, command_id, fingerprints) VALUES ($1, $2, $3, $4, '{}')
-               ON CONFLICT DO NOTHING""",
-            scope.tenant,
-            scope.kind.value,
-            scope.id,
-            command_id,
-        )
-
-
-async def more_keys_than(connection: Connection, scope: Scope, limit: int) -> bool:
-    with mapped():
-        statement = f"SELECT count(*) FROM (SELECT FROM encryption_keys k WHERE {_of_scope(scope)} AND NOT is_destroyed LIMIT $3) k"
-        return bool(await connection.fetchval(statement, scope.tenant, scope.id, limit + 1) > limit)
-
-
-async def refuse_second_grace(connection: Connection, scope: Scope) -> None:
-    """While a restore of this scope, or of the class around it, would bring its keys back: one shred's restore must not undo another's."""
-    of_command = "q.command_id IN (SELECT command_id FROM erased_scopes WHERE tenant_id = $1 AND readmitted_at IS NULL{})"
-    condition = {
-        ScopeKind.TENANT: "q.key_id IS NULL AND q.generation = (SELECT generation FROM tenants WHERE tenant_id = $1) AND $2::text IS NOT NULL",
-        ScopeKind.CLASS: of_command.format(" AND scope_kind = 'class' AND scope_id = $2"),
-    }.get(scope.kind) or f"{of_command.format('')} AND q.key_id IN (SELECT k.key_id FROM encryption_keys k WHERE {_of_scope(scope)})"
-    with mapped():
-        until = await connection.fetchval(f"SELECT max(until) FROM quarantined_keys q WHERE q.tenant_id = $1 AND {condition}", scope.tenant, scope.id)
-    if until is not None:
-        mend = "shred without a grace to destroy them now"
-        raise CommandRejected("in_grace", f"its keys are set aside already, by an earlier shred whose grace ends at {until.isoformat()}: {mend}")
-
-
-def _of_scope(scope: Scope) -> str:
-    """A condition on encryption_keys k; $1 the tenant, $2 the scope's id."""
-    if scope.kind in (ScopeKind.STREAM, ScopeKind.SUBJECT):
-        return f"k.tenant_id = $1 AND k.scope_kind = '{scope.kind}' AND k.scope_id = $2"
-    # One IN, not two conditions with an OR: that is a join for the planner, where the other is a scan per key once a class is large.
-    return f"""k.tenant_id = $1 AND (k.scope_kind, k.scope_id) IN (
-      SELECT 'class', $2::text UNION ALL SELECT 'stream', stream_id FROM {STREAMS} s WHERE stream_type_class = $2)"""
-
-
 async def _take_tenant_keys(connection: Connection, tenant: str, command_id: UUID, kept_until: datetime | None) -> Keys:
     with mapped():
         if kept_until is None:
@@ -205,6 +89,45 @@ async def _take_tenant_keys(connection: Connection, tenant: str, command_id: UUI
         rows = await connection.fetch("SELECT generation, kek_version, fingerprint FROM tenant_keys WHERE tenant_id = $1", tenant)
     return Keys(fingerprints=[r["fingerprint"] for r in rows], names=[f"kek/{r['generation']}/{r['kek_version']}" for r in rows])
 
+
+async def fence(connection: Connection, scope: Scope, command_id: UUID) -> None:
+    """Of a scope below tenant level: from the commit on it gets no key."""
+    with mapped():
+        await connection.execute(
+            """INSERT INTO erased_scopes (tenant_id, scope_kind, scope_id, command_id, fingerprints) VALUES ($1, $2, $3, $4, '{}')
+               ON CONFLICT DO NOTHING""",
+            scope.tenant,
+            scope.kind.value,
+            scope.id,
+            command_id,
+        )
+
+
+async def more_keys_than(connection: Connection, scope: Scope, limit: int) -> bool:
+    with mapped():
+        statement = f"SELECT count(*) FROM (SELECT FROM encryption_keys k WHERE {scopes.keys_of(scope)} AND NOT is_destroyed LIMIT $3) k"
+        return bool(await connection.fetchval(statement, scope.tenant, scope.id, limit + 1) > limit)
+
+
+async def refuse_second_grace(connection: Connection, scope: Scope) -> None:
+    """While a restore of this scope, or of the class around it, would bring its keys back: one shred's restore must not undo another's."""
+    of_command = "q.command_id IN (SELECT command_id FROM erased_scopes WHERE tenant_id = $1 AND readmitted_at IS NULL{})"
+    condition = {
+        ScopeKind.TENANT: "q.key_id IS NULL AND q.generation = (SELECT generation FROM tenants WHERE tenant_id = $1) AND $2::text IS NOT NULL",
+        ScopeKind.CLASS: of_command.format(" AND scope_kind = 'class' AND scope_id = $2"),
+    }.get(scope.kind) or f"{of_command.format('')} AND q.key_id IN (SELECT k.key_id FROM encryption_keys k WHERE {scopes.keys_of(scope)})"
+    with mapped():
+        until = await connection.fetchval(f"SELECT max(until) FROM quarantined_keys q WHERE q.tenant_id = $1 AND {condition}", scope.tenant, scope.id)
+    if until is not None:
+        mend = "shred without a grace to destroy them now"
+        raise CommandRejected("in_grace", f"its keys are set aside already, by an earlier shred whose grace ends at {until.isoformat()}: {mend}")
+
+
+# Every key that a stream's events can have: its own scope's, what its history names, what it uses now. Each by an index.
+_STREAM_KEY_IDS = """
+  SELECT key_id FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = 'stream' AND scope_id = $2
+  UNION SELECT key_id FROM stream_key_history WHERE tenant_id = $1 AND stream_id = $2
+  UNION SELECT encryption_key_id FROM streams WHERE tenant_id = $1 AND stream_id = $2 AND encryption_key_id IS NOT NULL"""
 
 # Keys that the scope's events need and that are not the scope's own, so cannot be destroyed with it. Of older generations there are none.
 _OF_NOW = "generation = (SELECT generation FROM tenants WHERE tenant_id = $1)"
@@ -251,54 +174,6 @@ async def _name_sharers(connection: Connection, scope: Scope, shared: list[Any])
     return f"its events share a key of {of} with {', '.join(row['stream_id'] for row in rows)}{f' and {more} more' if more else ''}"
 
 
-def _live(scope: Scope) -> str:
-    """A condition on encryption_keys: live keys that the scope's events are sealed with. $1 the tenant, $2 the scope's id, $3 made before, or NULL."""
-    of = {
-        ScopeKind.TENANT: "$2::text IS NOT NULL",
-        ScopeKind.CLASS: f"""key_id IN (
-            SELECT k.key_id FROM encryption_keys k WHERE {_of_scope(Scope(tenant=scope.tenant, kind=ScopeKind.CLASS, id=scope.id))} AND k.is_active
-            UNION SELECT p.key_id FROM encryption_keys p JOIN stream_key_history h USING (tenant_id, key_id) JOIN streams s USING (tenant_id, stream_id)
-            WHERE p.tenant_id = $1 AND p.scope_kind IN ('subject', 'tenant') AND p.is_active AND s.stream_type_class = $2 AND h.used_to_position IS NULL)""",
-        ScopeKind.STREAM: """key_id IN (
-            SELECT key_id FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = 'stream' AND scope_id = $2 AND is_active
-            UNION SELECT encryption_key_id FROM streams WHERE tenant_id = $1 AND stream_id = $2 AND encryption_key_id IS NOT NULL
-            UNION SELECT key_id FROM stream_key_history WHERE tenant_id = $1 AND stream_id = $2 AND used_to_position IS NULL)""",
-        ScopeKind.SUBJECT: "scope_kind = 'subject' AND scope_id = $2",
-    }[scope.kind]
-    return f"tenant_id = $1 AND is_active AND {of} AND ($3::timestamptz IS NULL OR created_at < $3)"
-
-
-async def more_live_than(connection: Connection, scope: Scope, older_than: datetime | None, limit: int) -> bool:
-    statement = f"SELECT count(*) FROM (SELECT FROM encryption_keys WHERE {_live(scope)} LIMIT $4) k"
-    with mapped():
-        return bool(await connection.fetchval(statement, scope.tenant, scope.id, older_than, limit + 1) > limit)
-
-
-async def retire(connection: Connection, scope: Scope, older_than: datetime | None, limit: int | None = None) -> list[str]:
-    """Mark the live keys that the scope's events are sealed with; each gets its successor at its next write. -> names.
-
-    `limit`: so many of them at most, and none that somebody else is changing now.
-    """
-    own_key = f"EXISTS (SELECT FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = '{scope.kind}' AND scope_id = $2)"
-    known = {
-        ScopeKind.STREAM: f"SELECT EXISTS (SELECT FROM streams WHERE tenant_id = $1 AND stream_id = $2) OR {own_key}",  # or in another store
-        ScopeKind.SUBJECT: f"SELECT {own_key}",
-    }.get(scope.kind)
-    with mapped():
-        if known is not None and not await connection.fetchval(known, scope.tenant, scope.id):
-            raise CommandRejected(f"unknown_{scope.kind}", f"the tenant has no such {scope.kind}")
-        rows = await connection.fetch(
-            f"""UPDATE encryption_keys SET is_active = false, retired_at = now() WHERE {_live(scope)}
-                  {"AND ctid = ANY (ARRAY(SELECT ctid FROM encryption_keys WHERE " + _live(scope) + " LIMIT $4 FOR UPDATE SKIP LOCKED))" if limit else ""}
-                RETURNING key_id, key_version""",
-            scope.tenant,
-            scope.id,
-            older_than,
-            *([limit] if limit else []),
-        )
-    return [f"{row['key_id']}/{row['key_version']}" for row in rows]
-
-
 async def record_barriers(connection: Connection, command_id: UUID, tenant: str, ends: Sequence[SourceEnd]) -> None:
     """What stands below a source's end is refused for ever, also after a readmission; a source that nobody has read yet is on record from now on."""
     topics, topic_ids = [end.topic for end in ends], [end.topic_id for end in ends]
@@ -341,129 +216,6 @@ async def source_topics(connection: Connection) -> list[tuple[int, str, str]]:
     return [(row["source_id"], row["topic"], row["topic_id"]) for row in rows]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Match:
-    """Globs: what is to stand in a view."""
-
-    topics: list[str]
-    classes: list[str]
-    tenants: list[str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """A view topic, with every match and every key mode that it has had: its records stay when those change. The present ones come first."""
-
-    name: str
-    topic: str
-    partitions: int
-    keys: tuple[str, ...]
-    matches: tuple[Match, ...]
-
-
-async def views(connection: Connection) -> list[View]:
-    with mapped():
-        rows = await connection.fetch(
-            """SELECT v.name, v.partitions, d.* FROM views v CROSS JOIN LATERAL (
-                 SELECT v.topic, v.key_mode, v.definition->'match' AS match, 0 AS age
-                 UNION ALL SELECT e.was->>'topic', e.was->>'key', e.was->'match', e.age FROM jsonb_array_elements(v.earlier) WITH ORDINALITY e(was, age)
-               ) d ORDER BY v.created_at DESC, v.name, d.age"""
-        )
-    found: dict[str, View] = {}
-    for row in rows:
-        match = Match(**{name: (row["match"] or {}).get(name) or ["*"] for name in ("topics", "classes", "tenants")})
-        view = found.get(row["topic"]) or View(name=row["name"], topic=row["topic"], partitions=row["partitions"], keys=(), matches=())
-        keys = view.keys if row["key_mode"] in view.keys else (*view.keys, row["key_mode"])
-        found[view.topic] = replace(view, keys=keys, matches=(*view.matches, match))
-    return list(found.values())
-
-
-async def stream_class(connection: Connection, tenant: str, stream: str) -> str | None:
-    """None for a stream that is not known."""
-    with mapped():
-        found: str | None = await connection.fetchval("SELECT stream_type_class FROM streams WHERE tenant_id = $1 AND stream_id = $2", tenant, stream)
-    return found
-
-
-def messages_of(scope: Scope) -> str:
-    """A condition on messages m; $1 the tenant, $2 the scope's id."""
-    if scope.kind is ScopeKind.TENANT:
-        return "m.tenant_id = $1 AND $2::text IS NOT NULL"
-    if scope.kind is ScopeKind.STREAM:
-        return "m.tenant_id = $1 AND m.stream_id = $2"
-    if scope.kind is ScopeKind.SUBJECT:
-        return f"""m.tenant_id = $1 AND m.stream_id IN (SELECT h.stream_id FROM stream_key_history h JOIN encryption_keys k USING (tenant_id, key_id)
-            WHERE {_of_scope(scope)})
-          AND substring(m.data_encrypted FROM 6 FOR 16) IN (SELECT uuid_send(k.key_id) FROM encryption_keys k WHERE {_of_scope(scope)})"""
-    return "m.tenant_id = $1 AND m.stream_id IN (SELECT stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2)"
-
-
-async def count_events(connection: Connection, scope: Scope, stood_at: datetime | None = None) -> tuple[int, int | None, int]:
-    """-> events that were encrypted; events that are plain, None of a person, whom plain events do not name to us; and how many of the encrypted
-    ones are so in named fields alone, with the rest of their document in clear.
-
-    As they are; or as of then: a scope that was readmitted goes on.
-    """
-    with mapped():
-        row = await connection.fetchrow(
-            f"""SELECT count(m.data_encrypted) AS sealed, count(*) - count(m.data_encrypted) AS plain,
-                  count(*) FILTER (WHERE m.data IS NOT NULL AND m.data_encrypted IS NOT NULL) AS partly FROM messages m
-                WHERE {messages_of(scope)} AND ($3::timestamptz IS NULL OR m.created_at <= $3)""",
-            scope.tenant,
-            scope.id,
-            stood_at,
-        )
-    assert row is not None  # noqa: S101 (an aggregate has one row)
-    return row["sealed"], None if scope.kind is ScopeKind.SUBJECT else row["plain"], row["partly"]
-
-
-def events_on_receipt(unreadable: int, plain: int | None, partly: int = 0) -> dict[str, Any]:
-    """As `count_events` has them. `clear_remainders`: of so many unreadable events the fields that policy does not name are still in the table."""
-    counted: dict[str, Any] = {"unreadable": unreadable, "plain_remaining": plain} | ({"clear_remainders": partly} if partly else {})
-    return counted if plain is not None else counted | {"note": "plain events do not say whose they are; they were not counted"}
-
-
-def _streams_of(scope: Scope) -> str:
-    """A condition on streams s; $1 the tenant, $2 the scope's id."""
-    return {
-        ScopeKind.TENANT: "s.tenant_id = $1 AND $2::text IS NOT NULL",
-        ScopeKind.STREAM: "s.tenant_id = $1 AND s.stream_id = $2",
-        ScopeKind.CLASS: "s.tenant_id = $1 AND s.stream_type_class = $2",
-        ScopeKind.SUBJECT: f"""s.tenant_id = $1 AND s.stream_id IN (SELECT h.stream_id FROM stream_key_history h
-          WHERE h.tenant_id = $1 AND h.key_id IN (SELECT k.key_id FROM encryption_keys k WHERE {_of_scope(scope)}))""",
-    }[scope.kind]
-
-
-async def count_streams(connection: Connection, scope: Scope) -> int:
-    """Those that events of the scope lie in."""
-    with mapped():
-        return int(await connection.fetchval(f"SELECT count(*) FROM streams s WHERE {_streams_of(scope)}", scope.tenant, scope.id) or 0)
-
-
-async def estimate_events(connection: Connection, scope: Scope) -> tuple[int, int | None]:
-    """As `count_events`, from the streams' positions on record: a lower bound, and of a person's streams all events."""
-    with mapped():
-        row = await connection.fetchrow(
-            f"""SELECT coalesce(sum(position) FILTER (WHERE is_encrypted), 0)::bigint AS sealed,
-                  coalesce(sum(position) FILTER (WHERE NOT is_encrypted), 0)::bigint AS plain FROM streams s WHERE {_streams_of(scope)}""",
-            scope.tenant,
-            scope.id,
-        )
-    assert row is not None  # noqa: S101 (an aggregate has one row)
-    return row["sealed"], None if scope.kind is ScopeKind.SUBJECT else row["plain"]
-
-
-async def count_keks(connection: Connection, tenant: str) -> int:
-    with mapped():
-        return int(await connection.fetchval("SELECT count(*) FROM tenant_keys WHERE tenant_id = $1 AND wrapped IS NOT NULL", tenant) or 0)
-
-
-async def count_deks(connection: Connection, scope: Scope) -> int:
-    condition = "k.tenant_id = $1 AND $2::text IS NOT NULL" if scope.kind is ScopeKind.TENANT else _of_scope(scope)
-    with mapped():
-        return int(await connection.fetchval(f"SELECT count(*) FROM encryption_keys k WHERE {condition}", scope.tenant, scope.id) or 0)
-
-
 async def delete_plain(connection: Connection, scope: Scope, after: tuple[str, int], limit: int) -> list[Any]:
     """Delete the next plain events behind (stream, position); -> stream_id, stream_position, class, topic, metadata (JSON text).
 
@@ -474,7 +226,7 @@ async def delete_plain(connection: Connection, scope: Scope, after: tuple[str, i
             f"""
             WITH next AS (
               SELECT m.stream_id, m.stream_position FROM messages m
-              WHERE {messages_of(scope)} AND m.data_encrypted IS NULL AND (m.stream_id, m.stream_position) > ($3, $4)
+              WHERE {scopes.messages_of(scope)} AND m.data_encrypted IS NULL AND (m.stream_id, m.stream_position) > ($3, $4)
               ORDER BY m.stream_id, m.stream_position LIMIT $5
             ), gone AS (
               DELETE FROM messages m USING next n WHERE m.tenant_id = $1 AND m.stream_id = n.stream_id AND m.stream_position = n.stream_position
@@ -502,7 +254,7 @@ async def clear_remainders(connection: Connection, scope: Scope, after: tuple[st
             f"""
             WITH next AS (
               SELECT m.stream_id, m.stream_position FROM messages m
-              WHERE {messages_of(scope)} AND m.data IS NOT NULL AND m.data_encrypted IS NOT NULL AND (m.stream_id, m.stream_position) > ($3, $4)
+              WHERE {scopes.messages_of(scope)} AND m.data IS NOT NULL AND m.data_encrypted IS NOT NULL AND (m.stream_id, m.stream_position) > ($3, $4)
               ORDER BY m.stream_id, m.stream_position LIMIT $5
             ), cleared AS (
               UPDATE messages m SET data = NULL FROM next n WHERE m.tenant_id = $1 AND m.stream_id = n.stream_id AND m.stream_position = n.stream_position

@@ -21,7 +21,7 @@ from sidecar.kafka.ledger import LedgerTopic
 from sidecar.kafka.receipts import ViewWriter
 from sidecar.ledger import Ledger
 from sidecar.notices import Notices
-from sidecar.postgres import audit, commands, holds, migrations, shreds
+from sidecar.postgres import audit, commands, holds, migrations, shreds, tenants
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, Pool, connect, open_pool, transaction
 from sidecar.residue import Residue
@@ -271,9 +271,9 @@ async def test_e09_control_a_hold_that_locks_nothing_is_overrun_by_a_shred(race:
     """The race is a race: the same, with a hold that does not take the tenant's row."""
 
     @asynccontextmanager
-    async def unlocked(steps: Steps, tenant: str) -> AsyncIterator[tuple[Connection, shreds.Tenant]]:
+    async def unlocked(steps: Steps, tenant: str) -> AsyncIterator[tuple[Connection, tenants.Tenant]]:
         async with transaction(steps.pool) as connection:
-            yield connection, shreds.Tenant(state="active", generation=1, epoch=1)
+            yield connection, tenants.Tenant(state="active", generation=1, epoch=1)
 
     monkeypatch.setattr(flows, "_locked", unlocked)
     assert await race.second_comes_while_the_first_is_at(holds, "place", "hold", "shred", monkeypatch) == ("done", "done")

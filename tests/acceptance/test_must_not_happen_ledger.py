@@ -27,7 +27,7 @@ from sidecar.kms import open_kms
 from sidecar.ledger import Ledger, LedgerGate
 from sidecar.notices import Notices
 from sidecar.pipeline import Pipeline
-from sidecar.postgres import fresh, readmissions, shreds
+from sidecar.postgres import fresh, readmissions, scopes
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, open_pool, transaction
 from sidecar.readmission import Readmission
@@ -187,8 +187,8 @@ async def test_02_control_a_shred_of_the_active_version_alone_leaves_the_one_bef
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the enumeration over all versions."""
-    whole = shreds._of_scope
-    monkeypatch.setattr(shreds, "_of_scope", lambda scope: f"{whole(scope)} AND k.is_active")
+    whole = scopes.keys_of
+    monkeypatch.setattr(scopes, "keys_of", lambda scope: f"{whole(scope)} AND k.is_active")
     scope = of_kind(ScopeKind.STREAM, "t0")
     await asyncio.to_thread(world.run)
     await asyncio.to_thread(publish, world, b"old", "t0")

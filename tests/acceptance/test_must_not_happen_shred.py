@@ -218,13 +218,13 @@ def test_07_an_unknown_tenant_is_never_reported_shredded(world: World) -> None:
 
 
 TRUSTING = """
-from sidecar.postgres import commands, shreds
+from sidecar.postgres import commands, tenants
 async def exists(connection, tenant):
     return True
 async def lock(connection, tenant):
-    return shreds.Tenant(state="active", generation=1, epoch=1)
+    return tenants.Tenant(state="active", generation=1, epoch=1)
 commands.tenant_exists = exists
-shreds.lock_tenant = lock
+tenants.lock = lock
 """
 
 

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from sidecar import preview
 from sidecar.core.model import Scope, ScopeKind
-from sidecar.postgres import holds, migrations, shreds
+from sidecar.postgres import holds, migrations, scopes, shreds, tenants
 from sidecar.postgres.connection import connected
 from tests.benchmarks import large_tenants
 
@@ -29,8 +29,8 @@ async def measure(dsn: str, streams: int) -> None:
     await large_tenants.seed_all(dsn, [streams])
     scope, command_id = Scope(tenant=large_tenants.name(streams), kind=ScopeKind.CLASS, id="Bench"), uuid4()
     asked = {
-        "keys": shreds.count_deks,
-        "streams": shreds.count_streams,
+        "keys": scopes.count_deks,
+        "streams": scopes.count_streams,
         "events": preview._events,
         "holds": holds.overlapping,
         "shared": preview._shared,
@@ -42,11 +42,11 @@ async def measure(dsn: str, streams: int) -> None:
 
         async def close() -> None:
             async with connection.transaction():
-                await shreds.lock_tenant(connection, scope.tenant)
+                await tenants.lock(connection, scope.tenant)
                 await holds.refuse_held(connection, scope)
                 await shreds.refuse_shared(connection, scope)
                 await shreds.fence(connection, scope, command_id)
-                await shreds.next_epoch(connection, scope.tenant, shredding=False)
+                await tenants.next_epoch(connection, scope.tenant, shredding=False)
 
         async def empty() -> int:
             async with connection.transaction():

@@ -28,7 +28,7 @@ from sidecar.kafka.client import client_config
 from sidecar.kafka.ledger import LedgerTopic
 from sidecar.kafka.receipts import ReceiptPublisher
 from sidecar.ledger import Ledger
-from sidecar.postgres import audit, commands, migrations
+from sidecar.postgres import audit, commands, migrations, rotations
 from sidecar.postgres.connection import Connection, connect, open_pool
 from sidecar.settings import Settings, load
 from sidecar.signing import control_signer
@@ -491,7 +491,7 @@ async def test_a_tenants_key_is_due_by_the_shortest_interval_of_the_classes_that
         ("acme", False),
         ("young", True),
     ]
-    assert await commands.rotations_due(world.database, now) == []
+    assert await rotations.due(world.database, now) == []
 
 
 async def test_many_keys_are_rotated_in_chunks_outside_the_guard_and_the_last_few_under_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from sidecar.core.command import stored
 from sidecar.core.model import Scope
-from sidecar.postgres import migrations, residue, shreds
+from sidecar.postgres import migrations, residue
 from sidecar.postgres.connection import connected, open_pool, transaction
 from sidecar.postgres.residue import KEY_TABLES, Entry
 from sidecar.residue_store import DeadRows
@@ -29,7 +29,7 @@ async def pool(database: str) -> Any:
 async def shred(settings: Settings, pool: Any) -> Entry:
     """As if one had just destroyed a key: its transaction, and the job that follows."""
     async with transaction(pool) as connection:
-        xid = await shreds.own_xid(connection)
+        xid = await residue.own_xid(connection)
     _, value = kit.command(settings, "shred", Scope.of_tenant("acme"))
     return Entry(
         command_id=uuid4(), kind="database", place="", until=None, details={"xid": xid}, attempts=0, created_at=datetime.now(UTC),

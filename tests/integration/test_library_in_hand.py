@@ -11,7 +11,7 @@ import pytest
 from sidecar import EncryptionConfig, Library, NewEvent, PolicySpec, open_library
 from sidecar.core.errors import AuthenticationFailed, KeyShredded, KmsUnavailable, LedgerBehind, MalformedRecord, RecordRefused, StoreUnavailable
 from sidecar.core.model import Scope, ScopeKind
-from sidecar.postgres import shreds
+from sidecar.postgres import shreds, tenants
 from sidecar.postgres.connection import connected
 from sidecar.settings import Settings
 
@@ -114,7 +114,7 @@ async def test_text_goes_with_a_shred_of_its_stream_and_of_its_class(library: Li
         async with library.plain.session() as session:
             scope = Scope(tenant="acme", kind=kind, id=name)
             taken = await shreds.take_keys(session.connection, scope, (await session.connection.fetchval("SELECT gen_random_uuid()")), None)
-            await shreds.next_epoch(session.connection, "acme", shredding=False)
+            await tenants.next_epoch(session.connection, "acme", shredding=False)
         assert taken.names, f"{scope}: nothing was found"
         with pytest.raises(KeyShredded):
             await library.shredding.decrypt_event_data(text, stream, "acme")

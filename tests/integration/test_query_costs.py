@@ -11,7 +11,7 @@ import pytest
 from sidecar.cli.keys import _KEYS
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.store import Expected, NewEvent
-from sidecar.postgres import checkpoints, commands, event_store, evidence, jobs, keystore, ledger, migrations, residue, shreds, unused_keys
+from sidecar.postgres import checkpoints, commands, event_store, evidence, jobs, keystore, ledger, migrations, residue, rotations, shreds, unused_keys
 from sidecar.postgres.connection import Connection, connect
 
 MANY = 20_000
@@ -96,7 +96,7 @@ async def ask(c: Any) -> AsyncIterator[tuple[str, Any]]:
     yield "residue: from where streams are encrypted", residue.encrypted_from(c, ACME, ["s1", "s2"])
     yield "commands: waiting", commands.tenants_waiting(c)
     yield "commands: next", commands.next_job(c, ACME)
-    yield "rotations: due", commands.rotations_due(c, NOW)
+    yield "rotations: due", rotations.due(c, NOW)
     yield "receipts: unpublished", commands.unpublished(c)
     yield "certificates: due", evidence.due(c, datetime.now(UTC))
     yield "certificates: newest receipt", evidence.newest_receipt(c)

@@ -8,9 +8,9 @@ import pytest
 from sidecar import topics
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.notices import erasing_keys
-from sidecar.postgres import migrations, shreds
+from sidecar.postgres import migrations
 from sidecar.postgres.connection import Connection, connect
-from sidecar.postgres.shreds import Match, View
+from sidecar.postgres.views import Match, View, views_on_record
 from sidecar.settings import Settings, ViewSettings
 from sidecar.topics import record_views
 
@@ -28,7 +28,7 @@ async def connection(database: str) -> AsyncIterator[Connection]:
 async def recorded(connection: Connection, settings: Settings, **changes: Any) -> list[View]:
     view = ViewSettings.model_validate({"name": "v", "topic": "one", "partitions": 2} | changes)
     await record_views(connection, topics.views(settings.model_copy(update={"views": [view]}), {"one": 2, "two": 2}))
-    return await shreds.views(connection)
+    return await views_on_record(connection)
 
 
 async def test_every_topic_match_and_key_that_a_view_had_stays_on_record(connection: Connection, settings: Settings) -> None:
@@ -40,7 +40,7 @@ async def test_every_topic_match_and_key_that_a_view_had_stays_on_record(connect
     assert (two.topic, two.keys, two.matches) == ("two", ("event",), (Match(topics=["*"], classes=["C"], tenants=["*"]),))
     assert (one.topic, one.keys, set(map(str, one.matches))) == ("one", ("event", "stream"), {str(narrow), str(ALL)})
     await record_views(connection, [])
-    assert [view.topic for view in await shreds.views(connection)] == ["two", "one"], "also when it leaves the configuration"
+    assert [view.topic for view in await views_on_record(connection)] == ["two", "one"], "also when it leaves the configuration"
 
 
 async def test_instances_that_differ_in_their_configuration_do_not_fill_the_record(connection: Connection, settings: Settings) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.kafka.admin import TopicInfo
-from sidecar.postgres.shreds import Match, View
+from sidecar.postgres.views import Match, View
 from sidecar.residue_topics import plan_view, retained_until
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
