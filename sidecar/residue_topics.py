@@ -7,9 +7,10 @@ is written after `segment.ms`. So the job writes tombstones, and later its notic
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
+from uuid import UUID
 
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.view import view_partition
@@ -36,6 +37,8 @@ class ViewRecords:
     def __init__(self, settings: Settings, steps: Steps, notices: Notices) -> None:
         self._settings, self._notices, self._foreground = settings, notices, steps.foreground
         self._pool, self._admin, self._clock = steps.pool, steps.admin, steps.clock
+        self._seen: dict[str, dict[UUID, scan.Payloads]] = {}
+        """Topic → what its last scan found for shreds that have not heard of it yet. Below a barrier there is never more than that again."""
 
     async def act(self, entry: Entry) -> Look:
         found = (await asyncio.to_thread(self._admin.describe, [entry.place])).get(entry.place)
@@ -49,8 +52,7 @@ class ViewRecords:
         elif entry.details["method"] == "tombstones" and "tombstones" not in entry.details:
             entry = await self._write_tombstones(entry, view)
             failpoint("residue:tombstones")
-            if "tombstones" not in entry.details:
-                return Look(again=0.0, until=entry.until, details=entry.details)
+            return Look(again=0.0, until=entry.until, details=entry.details)
         left = await self._left(entry, found, scope)
         details = entry.details | {"remaining": sum(left.values())}
         if not details["remaining"]:
@@ -95,13 +97,9 @@ class ViewRecords:
 
     async def _left(self, entry: Entry, info: TopicInfo, scope: Scope) -> dict[int, int]:
         """Partition → payload records below the barrier of the events that were shredded; partitions without any are left out."""
-        barrier = {int(partition): offset for partition, offset in entry.details["barrier"].items()}
-        starts = (await asyncio.to_thread(self._admin.offsets, {entry.place: info.partitions}, end=False))[entry.place]
-        if scope.kind is ScopeKind.STREAM:
-            barrier = {p: offset for p, offset in barrier.items() if p == view_partition(f"{scope.tenant}/{scope.id}", info.partitions)}
-        span = {p: (starts.get(p, 0), offset) for p, offset in barrier.items() if starts.get(p, 0) < offset}
-        wanted = await self._persons_events(scope) if scope.kind is ScopeKind.SUBJECT else None
-        seen = await asyncio.to_thread(scan.payloads, self._settings, entry.place, span, _belongs(scope, wanted), self._foreground.stand_back)
+        if entry.command_id not in self._seen.get(entry.place, {}):
+            self._seen[entry.place] = await self._scan(entry, info)
+        seen = self._seen[entry.place].pop(entry.command_id)
         async with transaction(self._pool) as connection:
             first = await residue.encrypted_from(connection, scope.tenant, list({stream for _, stream in seen}))
         left: dict[int, int] = {}
@@ -110,6 +108,35 @@ class ViewRecords:
             if entry.command.include_plain or (stream in first and newest >= first[stream]):
                 left[partition] = left.get(partition, 0) + count
         return left
+
+    async def _scan(self, entry: Entry, info: TopicInfo) -> dict[UUID, scan.Payloads]:
+        """One scan for all shreds that look for something in the topic: it takes a core, and costs the same for one as for a hundred."""
+        async with transaction(self._pool) as connection:
+            entries = {e.command_id: e for e in (*await residue.searching(connection, entry.place, info.topic_id), entry)}
+        searches: dict[str, list[_Search]] = {}
+        ends: dict[int, int] = {}
+        for search in [await self._search(e, info) for e in entries.values()]:
+            searches.setdefault(search.scope.tenant, []).append(search)
+            for partition, offset in search.barrier.items():
+                ends[partition] = max(ends.get(partition, 0), offset)
+        starts = (await asyncio.to_thread(self._admin.offsets, {entry.place: info.partitions}, end=False))[entry.place]
+        span = {p: (starts.get(p, 0), end) for p, end in ends.items() if starts.get(p, 0) < end}
+
+        def whose(partition: int, offset: int, tenant: str, *of: Any) -> list[UUID]:
+            return [search.command_id for search in searches.get(tenant, ()) if search.wants(partition, offset, *of)]
+
+        seen = await asyncio.to_thread(scan.payloads, self._settings, entry.place, span, whose, self._foreground.stand_back)
+        async with transaction(self._pool) as connection:
+            await residue.hasten(connection, entry.place, entries, self._clock.now())
+        return {command_id: seen.get(command_id, {}) for command_id in entries}
+
+    async def _search(self, entry: Entry, info: TopicInfo) -> "_Search":
+        scope = entry.command.scope
+        barrier = {int(partition): offset for partition, offset in entry.details["barrier"].items()}
+        if scope.kind is ScopeKind.STREAM:
+            barrier = {p: offset for p, offset in barrier.items() if p == view_partition(f"{scope.tenant}/{scope.id}", info.partitions)}
+        events = await self._persons_events(scope) if scope.kind is ScopeKind.SUBJECT else None
+        return _Search(command_id=entry.command_id, scope=scope, barrier=barrier, events=events)
 
     async def _persons_events(self, scope: Scope) -> set[tuple[str, int]]:
         """A person's events lie in streams of others: told by place."""
@@ -124,15 +151,22 @@ class ViewRecords:
             after = events[-1]
 
 
-def _belongs(scope: Scope, events: set[tuple[str, int]] | None) -> scan.Belongs:
-    def belongs(tenant: str, stream: str, stream_class: str, position: int) -> bool:
-        if tenant != scope.tenant:
-            return False
-        if events is not None:
-            return (stream, position) in events
-        return scope.kind is ScopeKind.TENANT or scope.id == (stream if scope.kind is ScopeKind.STREAM else stream_class)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Search:
+    """What a shred looks for in a view's topic: records of its scope, of a person's the ones named, below its own barrier."""
 
-    return belongs
+    command_id: UUID
+    scope: Scope
+    barrier: dict[int, int]
+    events: set[tuple[str, int]] | None
+
+    def wants(self, partition: int, offset: int, stream: str, stream_class: str, position: int) -> bool:
+        """Of a record of the scope's tenant."""
+        if offset >= self.barrier.get(partition, 0):
+            return False
+        if self.events is not None:
+            return (stream, position) in self.events
+        return self.scope.kind is ScopeKind.TENANT or self.scope.id == (stream if self.scope.kind is ScopeKind.STREAM else stream_class)
 
 
 def plan_view(view: View, info: TopicInfo, config: dict[str, str], barrier: dict[str, int], scope: Scope, now: datetime) -> residue.Planned:

@@ -65,17 +65,45 @@ async def insert(connection: Connection, command_id: UUID, planned: Iterable[Pla
         )
 
 
+_PENDING = """SELECT r.*, c.payload, c.result FROM residue r JOIN commands c USING (command_id)
+  WHERE r.state = 'pending' AND c.finished_at IS NOT NULL"""
+
+
 async def due(connection: Connection, now: datetime, limit: int = 100) -> list[Entry]:
     """Of commands that are carried out: the notice stands before the tombstones."""
     with mapped():
+        rows = await connection.fetch(f"{_PENDING} AND r.next_at <= $1 ORDER BY r.next_at LIMIT $2", now, limit)
+    return [_entry(row) for row in rows]
+
+
+async def searching(connection: Connection, topic: str, topic_id: str, limit: int = 100) -> list[Entry]:
+    """Those of a view that have done what they can there, and only look whether anything of their scope is left."""
+    with mapped():
         rows = await connection.fetch(
-            """SELECT r.*, c.payload, c.result FROM residue r JOIN commands c USING (command_id)
-               WHERE r.state = 'pending' AND r.next_at <= $1 AND c.finished_at IS NOT NULL ORDER BY r.next_at LIMIT $2""",
-            now,
+            f"""{_PENDING} AND r.kind = 'view' AND r.place = $1 AND r.details ->> 'topic_id' = $2
+                AND (r.details ?| '{{tombstones,remaining}}' OR r.details ->> 'method' = 'retention') ORDER BY r.next_at LIMIT $3""",
+            topic,
+            topic_id,
             limit,
         )
+    return [_entry(row) for row in rows]
+
+
+async def hasten(connection: Connection, topic: str, command_ids: Iterable[UUID], now: datetime) -> None:
+    """What was found for these jobs of a view is theirs to hear now."""
+    with mapped():
+        await connection.execute(
+            """UPDATE residue SET next_at = least(next_at, $3)
+               WHERE kind = 'view' AND place = $1 AND command_id = ANY ($2::uuid[]) AND state = 'pending'""",
+            topic,
+            list(command_ids),
+            now,
+        )
+
+
+def _entry(row: Any) -> Entry:
     names = ("command_id", "kind", "place", "until", "details", "attempts", "created_at")
-    return [Entry(**{n: row[n] for n in names}, command=stored(row["payload"]), facts=row["result"] or {}) for row in rows]
+    return Entry(**{n: row[n] for n in names}, command=stored(row["payload"]), facts=row["result"] or {})
 
 
 async def record(connection: Connection, entry: Entry, look: Look, now: datetime, next_at: datetime | None) -> None:

@@ -90,6 +90,7 @@ async def ask(c: Any) -> AsyncIterator[tuple[str, Any]]:
     somebody, past = uuid4(), NOW - timedelta(days=30)
     new, known = (event_store._arguments(stream, [NewEvent(type="T", data=1)], ACME, None, Expected.ANY, None) for stream in ("new", "plain"))
     yield "residue: due", residue.due(c, NOW)
+    yield "residue: who searches a topic", residue.searching(c, "v", "another")
     yield "residue: of a command", residue.of_command(c, somebody)
     yield "residue: streams of a view by stream", residue.sealed_streams(c, stream_of(7), "", 5000)
     yield "residue: events of a stream", residue.sealed_events(c, stream_of(7), ("", 0), 5000)
