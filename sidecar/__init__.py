@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from sidecar.core.store import StreamRead as StreamRead
     from sidecar.core.store import Unreadable as Unreadable
     from sidecar.crypto_shredding import CryptoShreddingService as CryptoShreddingService
-    from sidecar.crypto_store import CryptoContext as CryptoContext
     from sidecar.crypto_store import CryptoEventStore as CryptoEventStore
     from sidecar.crypto_store import DecryptionConfig as DecryptionConfig
     from sidecar.crypto_store import EncryptionConfig as EncryptionConfig
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
     from sidecar.key_management import KeyName as KeyName
     from sidecar.library import Library as Library
     from sidecar.library import open_library as open_library
+    from sidecar.opening import CryptoContext as CryptoContext
     from sidecar.policies import EncryptionPolicyService as EncryptionPolicyService
     from sidecar.policies import UnknownPolicy as UnknownPolicy
     from sidecar.ports import EventStore as EventStore
@@ -102,7 +102,7 @@ _WHERE = {
     "StreamRead": "core.store",
     "Unreadable": "core.store",
     "CryptoShreddingService": "crypto_shredding",
-    "CryptoContext": "crypto_store",
+    "CryptoContext": "opening",
     "CryptoEventStore": "crypto_store",
     "DecryptionConfig": "crypto_store",
     "EncryptionConfig": "crypto_store",

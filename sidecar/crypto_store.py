@@ -9,29 +9,19 @@ that is away. They are never mixed up. What the sidecar wrote reads here, and th
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache, partial
-from hashlib import sha256
-from typing import Any, Final, Protocol, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 from uuid import UUID, uuid4
 
-from sidecar.core.aead import Cipher, Suite, lp, u32
+from sidecar.core.aead import Suite
 from sidecar.core.blind_index import tokens
 from sidecar.core.envelope import (
     NO_FIELD,
-    PREFIX_BYTES,
-    TEXT_PREFIX,
-    Header,
     Sealer,
-    event_aad,
-    from_text,
-    nonce_of,
-    open_envelope,
-    parse_header,
-    stream_aad,
     to_text,
 )
 from sidecar.core.errors import (
@@ -39,13 +29,12 @@ from sidecar.core.errors import (
     AuthenticationFailed,
     ConfigurationError,
     Conflict,
-    KeyShredded,
     MalformedRecord,
     RecordError,
     WrongVersion,
 )
 from sidecar.core.extract import subject_of
-from sidecar.core.fields import Fields, digest_lp, seal_document, with_document
+from sidecar.core.fields import Fields, digest_lp, seal_document
 from sidecar.core.model import UNCLASSIFIED, Erased, Event, ScopeKind, identifier
 from sidecar.core.policy import Decision, Encrypt
 from sidecar.core.store import (
@@ -61,8 +50,10 @@ from sidecar.core.store import (
     Unreadable,
     encode,
 )
-from sidecar.core.view import frame, library_attributes, opened
+from sidecar.core.streams import SealingKey
+from sidecar.core.view import frame, library_attributes
 from sidecar.key_management import Held, KeyManagementService
+from sidecar.opening import Aead, BuildAad, CryptoProvider, Opener, aad_of, enc_of, extra_aad, of_stream
 from sidecar.ports import EventStore
 from sidecar.postgres.errors import Moved
 from sidecar.postgres.event_store import PostgresEventStore, aggregate
@@ -70,16 +61,6 @@ from sidecar.postgres.event_store import PostgresEventStore, aggregate
 State = TypeVar("State")
 ATTEMPTS: Final = 50
 TURNS: Final = 4096
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CryptoContext:
-    """What `build_aad` may bind beside tenant, stream, position, id, type and schema version, which are always bound."""
-
-    tenant: str
-    stream: str
-    stream_class: str
-    event_type: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,27 +84,8 @@ class DecryptionConfig:
     decrypt_data: bool = True
 
 
-class CryptoProvider(Protocol):
-    """Seals and opens one event; the default is ours (core/envelope.py)."""
-
-    def seal(self, cipher: Cipher, prefix: bytes, aad: bytes, plaintext: bytes) -> bytes: ...
-
-    def open(self, cipher: Cipher, envelope: bytes, aad: bytes) -> bytes: ...
-
-
-class Aead:
-    """The default provider."""
-
-    def seal(self, cipher: Cipher, prefix: bytes, aad: bytes, plaintext: bytes) -> bytes:
-        return Sealer(1).seal(cipher, prefix, aad, plaintext)
-
-    def open(self, cipher: Cipher, envelope: bytes, aad: bytes) -> bytes:
-        return open_envelope(cipher, envelope, aad)
-
-
 Classify = Callable[[str, str], str]
 """(stream, type of its first event) → class; counts where the caller names none and the stream has none."""
-BuildAad = Callable[[CryptoContext], bytes]
 
 
 def create_crypto_event_store(
@@ -149,6 +111,7 @@ class CryptoEventStore:
 
     def __init__(self, base: EventStore, keys: KeyManagementService, classify: Classify, crypto: CryptoProvider, build_aad: BuildAad | None) -> None:
         self.base, self._keys, self._classify, self._crypto, self._build_aad = base, keys, classify, crypto, build_aad
+        self._opener = Opener(keys, crypto, build_aad)
         self._postgres = base if isinstance(base, PostgresEventStore) else None
         self._turns = [asyncio.Lock() for _ in range(TURNS)]
         """Appends to one stream take turns in this process: each would void the next one's sealing. Two streams rarely share a lock."""
@@ -198,6 +161,8 @@ class CryptoEventStore:
             if encryption is not None:
                 _check_override(encryption, held)
             try:
+                if held.is_plain:
+                    return await self._append_plain(held, stream, events, tenant, named, expected_version, session)
                 return await self._append(held, stream, events, tenant, named, expected_version, session)
             except Moved:
                 self._keys.forget(tenant)
@@ -230,30 +195,36 @@ class CryptoEventStore:
             base = replace(base, fields=_overridden(decision, encryption.fields))
         return base if encryption.algorithm is None else replace(base, suite=Suite.from_label(encryption.algorithm))
 
+    def _append_plain(
+        self, held: Held, stream: str, events: Sequence[NewEvent], tenant: str, named: str, expected: ExpectedVersion, session: Any
+    ) -> Awaitable[Appended]:
+        if self._postgres is None:
+            return self._append_guarded(held, stream, events, tenant, named, expected, session)
+        return self._postgres.append_to_stream(
+            stream, events, tenant=tenant, stream_class=named, expected_version=expected, session=session, sealed_for=held.as_of
+        )
+
+    async def _append_guarded(
+        self, held: Held, stream: str, events: Sequence[NewEvent], tenant: str, named: str, expected: ExpectedVersion, session: Any
+    ) -> Appended:
+        """To a store that cannot check by itself that the tenant is as it was."""
+        used = set() if held.is_plain else {(event.metadata["enc"]["keyId"], event.metadata["enc"]["keyVersion"]) for event in events}
+        async with self._keys.verified(tenant, held.as_of, used, held.stream.stream_class):
+            return await self.base.append_to_stream(stream, events, tenant=tenant, stream_class=named, expected_version=expected, session=session)
+
     async def _append(
         self, held: Held, stream: str, events: Sequence[NewEvent], tenant: str, named: str, expected: ExpectedVersion, session: Any
     ) -> Appended:
-        if held.is_plain:
-            if self._postgres is None:
-                async with self._keys.verified(tenant, held.as_of):
-                    return await self.base.append_to_stream(
-                        stream, events, tenant=tenant, stream_class=named, expected_version=expected, session=session
-                    )
-            return await self._postgres.append_to_stream(
-                stream, events, tenant=tenant, stream_class=named, expected_version=expected, session=session, sealed_for=held.as_of
-            )
         head = await self._head(held, stream, tenant, expected, session)
-        sealed = await self._seal(held, stream, events, head)
-        if self._postgres is not None:
-            done = await self._postgres.append_to_stream(
-                stream, sealed, tenant=tenant, stream_class=named, expected_version=head, session=session, sealed_for=held.as_of
-            )
-        else:
-            events = [_as_new(event) for event in sealed]
-            used = {(event.metadata["enc"]["keyId"], event.metadata["enc"]["keyVersion"]) for event in events}
-            async with self._keys.verified(tenant, held.as_of, used, held.stream.stream_class):
-                done = await self.base.append_to_stream(stream, events, tenant=tenant, stream_class=named, expected_version=head, session=session)
-        held.stream.head = done.last if session is None else held.stream.head
+        sealed, key = await self._seal(held, stream, events, head)
+        if self._postgres is None:
+            return await self._append_guarded(held, stream, [_as_new(event) for event in sealed], tenant, named, head, session)
+        noted = key is not None and key is held.stream.noted and head == held.stream.head  # nobody wrote since, so nobody noted another
+        done = await self._postgres.append_to_stream(
+            stream, sealed, tenant=tenant, stream_class=named, expected_version=head, session=session, sealed_for=held.as_of, noted=noted
+        )
+        if session is None:  # else it may be rolled back
+            held.stream.head, held.stream.noted = done.last, key
         return done
 
     async def _head(self, held: Held, stream: str, tenant: str, expected: ExpectedVersion, session: Any) -> int:
@@ -268,8 +239,9 @@ class CryptoEventStore:
             raise WrongVersion(f"the stream is at {head}")
         return head
 
-    async def _seal(self, held: Held, stream: str, events: Sequence[NewEvent], head: int) -> list[SealedEvent]:
-        of_stream, now = _of_stream(held.tenant.id, stream), datetime.now(UTC)
+    async def _seal(self, held: Held, stream: str, events: Sequence[NewEvent], head: int) -> tuple[list[SealedEvent], SealingKey | None]:
+        """-> the events as they are stored, and the one key that all of them are sealed under, where they are not persons'."""
+        bound, now = of_stream(held.tenant.id, stream), datetime.now(UTC)
         encoded = [encode(event.data) for event in events]
         persons = _persons(held, events, [value for value, _ in encoded])
         fields = held.stream.fields
@@ -288,23 +260,18 @@ class CryptoEventStore:
             if event.id is not None:
                 identifier(message_id.encode("utf-8", "replace"), "event id")
             attributes = library_attributes(int(at.timestamp() * 1000), event.metadata, content, value is None, person)
-            extra = self._extra(held.tenant.id, stream, held.stream.stream_class, event.type)
-            stored, place = None, (of_stream, position, message_id, event.type, event.schema_version, extra)
+            extra = b"" if self._build_aad is None else extra_aad(self._build_aad, held.tenant.id, stream, held.stream.stream_class, event.type)
+            stored, place = None, (bound, position, message_id, event.type, event.schema_version, extra)
             if document is None:
-                aad = _aad(*place, NO_FIELD, key.prefix)
+                aad = aad_of(*place, NO_FIELD, key.prefix)
                 envelope = seal(key.cipher, key.prefix, aad, frame(attributes, value))
             else:
-                bind = partial(_aad, *place)
+                bind = partial(aad_of, *place)
                 stored, envelope = seal_document(document, attributes, key.prefix, bind, partial(seal, key.cipher))
                 aad = bind(digest_lp(stored), key.prefix)
             found = () if index is None or fields is None or document is None else tuple(tokens(index, document, fields.indexed))
             out.append(SealedEvent(message_id, event.type, event.schema_version, at, stored, envelope, None, value is None, found, aad))
-        return out
-
-    def _extra(self, tenant: str, stream: str, stream_class: str, event_type: str) -> bytes:
-        if self._build_aad is None:
-            return b""
-        return lp(self._build_aad(CryptoContext(tenant=tenant, stream=stream, stream_class=stream_class, event_type=event_type)))
+        return out, keys[0] if held.stream.by_subject is None else None
 
     # read
 
@@ -334,6 +301,13 @@ class CryptoEventStore:
                 raise answer
         return StreamRead(events=cast(Sequence[Event | Erased], opened), version=read.version)
 
+    async def decrypt(self, events: Sequence[Event]) -> Sequence[Event | Erased | RecordError]:
+        """A consumer's decrypt hook: an answer per event, in order. Under the guard: after a shred's receipt no call that starts opens its scope.
+
+        Raises Unavailable, and UnknownKey: neither says that anything is erased.
+        """
+        return await self._opener.open(events)
+
     async def aggregate_stream(
         self, stream: str, evolve: Callable[[State, Event], State], initial: State, *, tenant: str = DEFAULT_TENANT, session: Any = None
     ) -> Aggregated[State]:
@@ -351,53 +325,6 @@ class CryptoEventStore:
         found = await self.base.read_all(after=after, tenant=tenant, classes=classes, limit=limit)
         answers = iter(await self.decrypt([held for _, held in found if isinstance(held, Event)]))
         return [(place, _answer(held, next(answers)) if isinstance(held, Event) else held) for place, held in found]
-
-    async def decrypt(self, events: Sequence[Event]) -> Sequence[Event | Erased | RecordError]:
-        """A consumer's decrypt hook: an answer per event, in order. Under the guard: after a shred's receipt no call that starts opens its scope.
-
-        Raises Unavailable, and UnknownKey: neither says that anything is erased.
-        """
-        by_tenant: dict[str, list[int]] = {}
-        out: list[Event | Erased | RecordError] = list(events)
-        for number, event in enumerate(events):
-            if "enc" in event.metadata and (event.sealed is not None or "document" in event.metadata["enc"] or _looks_sealed(event)):
-                by_tenant.setdefault(event.tenant, []).append(number)
-        for tenant, numbers in by_tenant.items():
-            for number, answer in zip(numbers, await self._open_all(tenant, [events[n] for n in numbers]), strict=True):
-                out[number] = answer
-        return out
-
-    async def _open_all(self, tenant: str, events: Sequence[Event]) -> list[Event | Erased | RecordError]:
-        envelopes = [_envelope(event) for event in events]
-        headers = {_header(e[:PREFIX_BYTES]) for e in envelopes if isinstance(e, bytes)} - {None}
-        while True:
-            epoch, ciphers = await self._keys.opening(tenant, cast(Any, headers))
-            async with self._keys.guard(tenant) as now:
-                if now == epoch:
-                    known: dict[bytes, Cipher] = {}
-                    return [self._open(event, envelope, ciphers, known) for event, envelope in zip(events, envelopes, strict=True)]
-            self._keys.forget(tenant)
-
-    def _open(self, event: Event, envelope: bytes | RecordError, ciphers: Any, known: dict[bytes, Cipher]) -> Event | Erased | RecordError:
-        """`known`: clear prefix → cipher, of this read: a stream's events share it."""
-        if isinstance(envelope, RecordError):
-            return envelope
-        try:
-            prefix = envelope[:PREFIX_BYTES]
-            if (cipher := known.get(prefix)) is None:
-                cipher = known[prefix] = ciphers.get(event.tenant, _header(prefix) or parse_header(envelope))
-            extra = self._extra(event.tenant, event.stream, event.stream_class, event.type)
-            stored = event.value if event.sealed is not None or "document" in event.metadata["enc"] else None
-            place = (_of_stream(event.tenant, event.stream), event.position, event.message_id, event.type, event.schema_version, extra)
-            aad = _aad(*place, digest_lp(stored), prefix)
-            read = opened(event, self._crypto.open(cipher, envelope, aad), {"enc": _enc(envelope, aad)})
-            if stored is None:
-                return read
-            return with_document(read, stored, prefix, partial(_aad, *place), partial(self._crypto.open, cipher))
-        except KeyShredded:
-            return Erased(tenant=event.tenant, stream=event.stream, position=event.position, message_id=event.message_id, type=event.type)
-        except RecordError as error:
-            return error
 
 
 def _persons(held: Held, events: Sequence[NewEvent], values: Sequence[bytes | None]) -> list[str | None]:
@@ -432,18 +359,6 @@ def _overridden(decision: Decision, pointers: Sequence[str]) -> Fields | None:
     return fields
 
 
-def _aad(
-    of_stream: bytes, position: int, message_id: str, event_type: str, schema_version: int, extra: bytes, field_lp: bytes, prefix: bytes
-) -> bytes:  # fmt: skip
-    id_raw = message_id.encode()
-    return event_aad(of_stream, position, u32(len(id_raw)) + id_raw, _type_lp(event_type), schema_version, field_lp, prefix) + extra
-
-
-@lru_cache(4096)
-def _type_lp(event_type: str) -> bytes:
-    return lp(event_type.encode())
-
-
 @lru_cache(4096)
 def _check_type(event_type: str) -> None:
     """Raises MalformedRecord."""
@@ -452,52 +367,13 @@ def _check_type(event_type: str) -> None:
 
 def _as_new(event: SealedEvent) -> NewEvent:
     """For a base that knows no envelopes: the one of a document stands in the metadata, else it is the data."""
-    enc: dict[str, Any] = _enc(event.envelope, event.aad) | ({"tombstone": True} if event.is_tombstone else {})
+    enc: dict[str, Any] = enc_of(event.envelope, event.aad) | ({"tombstone": True} if event.is_tombstone else {})
     data: Any = to_text(event.envelope)
     if event.document is not None:
         enc, data = enc | {"document": data}, event.document
     return NewEvent(
         type=event.type, id=event.id, schema_version=event.schema_version, occurred_at=event.occurred_at, data=data, metadata={"enc": enc}
     )  # fmt: skip
-
-
-@lru_cache(4096)
-def _of_stream(tenant: str, stream: str) -> bytes:
-    return stream_aad(tenant.encode(), stream.encode())
-
-
-def _enc(envelope: bytes, aad: bytes) -> dict[str, Any]:
-    """The plan's metadata. The hash is for audits; what binds is the tag."""
-    return _enc_of_key(envelope[:PREFIX_BYTES]) | {"iv": nonce_of(envelope).hex(), "aadHash": sha256(aad).hexdigest()}
-
-
-@lru_cache(4096)
-def _enc_of_key(prefix: bytes) -> dict[str, Any]:
-    header = parse_header(prefix + bytes(28))
-    return {"algo": header.suite.label, "keyId": str(header.key_id), "keyVersion": header.key_version}
-
-
-@lru_cache(4096)
-def _header(prefix: bytes) -> Header | None:
-    """A stream's events share the clear prefix. None: it is not one, and `parse_header` says why."""
-    try:
-        return parse_header(prefix + bytes(28))
-    except RecordError:
-        return None
-
-
-def _looks_sealed(event: Event) -> bool:
-    data: Any = event.data
-    return isinstance(data, str) and data.startswith(TEXT_PREFIX)
-
-
-def _envelope(event: Event) -> bytes | RecordError:
-    if event.sealed is not None:
-        return event.sealed
-    try:
-        return from_text(cast(str, event.metadata["enc"].get("document", event.data)))
-    except RecordError as error:
-        return error
 
 
 def _answer(event: Event, answer: Event | Erased | RecordError) -> Event | Erased | Unreadable:

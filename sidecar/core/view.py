@@ -108,16 +108,16 @@ def _name(name: str) -> str | dict[str, str]:
 
 
 def parse_attributes(raw: bytes | str | dict[str, Any]) -> Attributes:
-    doc = raw if isinstance(raw, dict) else orjson.loads(raw)
-    headers = [((_bytes(name) or b"").decode(), _bytes(value)) for name, value in doc.get("headers", ())]
+    get = (raw if isinstance(raw, dict) else orjson.loads(raw)).get
+    headers = get("headers")
     return Attributes(
-        _bytes(doc.get("key")),
-        doc.get("timestamp", 0),
-        headers,
-        doc.get("tombstone", False),
-        doc.get("subject"),
-        doc.get("metadata", {}),
-        doc.get("content"),
+        _bytes(get("key")),
+        get("timestamp", 0),
+        [((_bytes(name) or b"").decode(), _bytes(value)) for name, value in headers] if headers else [],
+        get("tombstone", False),
+        get("subject"),
+        get("metadata") or {},
+        get("content"),
     )
 
 
@@ -133,17 +133,19 @@ def unframe(plaintext: bytes) -> tuple[bytes, bytes]:
     return plaintext[4 : 4 + size], plaintext[4 + size :]
 
 
-def opened(event: Event, plaintext: bytes, metadata: Mapping[str, Any] | None = None) -> Event:
-    """A sealed event as its plaintext says; `metadata` are told beside the application's own. Raises MalformedEnvelope, AuthenticationFailed."""
+def opened(event: Event, plaintext: bytes, enc: Mapping[str, Any] | None = None) -> Event:
+    """A sealed event as its plaintext says; `enc` is told beside the application's metadata. Raises MalformedEnvelope, AuthenticationFailed."""
     attrs, value = unframe(plaintext)
-    carried = parse_attributes(attrs)
-    if carried.is_tombstone != bool(event.metadata["enc"].get("tombstone")):
+    key, timestamp_ms, headers, is_tombstone, subject, metadata, content = parse_attributes(attrs)
+    if is_tombstone != bool(event.metadata["enc"].get("tombstone")):
         raise AuthenticationFailed("the event and its sealed attributes disagree about the tombstone")
+    if enc is not None:
+        metadata["enc"] = enc
     return Event(
         tenant=event.tenant, stream=event.stream, position=event.position, message_id=event.message_id, type=event.type,
-        stream_class=event.stream_class, value=None if carried.is_tombstone else value, key=carried.key, timestamp_ms=carried.timestamp_ms,
-        headers=carried.headers, source=event.source, schema_version=event.schema_version, occurred_at=event.occurred_at,
-        subject=carried.subject, metadata=carried.metadata | dict(metadata or {}), content=carried.content,
+        stream_class=event.stream_class, value=None if is_tombstone else value, key=key, timestamp_ms=timestamp_ms,
+        headers=headers, source=event.source, schema_version=event.schema_version, occurred_at=event.occurred_at,
+        subject=subject, metadata=metadata, content=content,
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ _ALL = (
   AND ($3::text IS NULL OR m.tenant_id = $3) AND ($4::text[] IS NULL OR s.stream_type_class = ANY ($4))
 ORDER BY m.transaction_id, m.global_position LIMIT $5"""
 )
-_APPEND = "SELECT * FROM append_events($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)"
+_APPEND = "SELECT * FROM append_events($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)"
 _LAST: Final = 2**63 - 1
 ROW: Final = 8
 """Columns of an event in an append."""
@@ -100,8 +100,10 @@ class PostgresEventStore:
         expected_version: ExpectedVersion = Expected.ANY,
         session: Session | None = None,
         sealed_for: SealedFor | None = None,
+        noted: bool = False,
     ) -> Appended:
-        arguments = _arguments(stream, events, tenant, stream_class, expected_version, sealed_for)
+        """`noted`: at the expected version the stream's record named the key version that all the events are sealed under."""
+        arguments = _arguments(stream, events, tenant, stream_class, expected_version, sealed_for, noted)
         tokens = [(n, token) for n, event in enumerate(events) if isinstance(event, SealedEvent) for token in event.tokens]
         for attempt in range(ATTEMPTS):
             try:
@@ -200,6 +202,7 @@ def _arguments(
     stream_class: str | None,
     expected: ExpectedVersion,
     sealed_for: SealedFor | None,
+    noted: bool,
 ) -> tuple[Any, ...]:
     """Of `append_events`, in order. Raises MalformedRecord for ids that are none."""
     if not events:
@@ -210,7 +213,7 @@ def _arguments(
     columns = [list(column) for column in zip(*rows, strict=True)]
     return (
         guard_stripe(tenant_id(tenant)), tenant, stream, stream_class or UNCLASSIFIED, as_number(expected),
-        sealed_for.epoch if sealed_for else None, sealed_for.policy_version if sealed_for else None, *columns,
+        sealed_for.epoch if sealed_for else None, sealed_for.policy_version if sealed_for else None, noted, *columns,
     )  # fmt: skip
 
 

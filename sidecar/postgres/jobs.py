@@ -303,8 +303,8 @@ async def append_copies(
     columns = [[row[name] for row in rows] for name in ("message_id", "message_type", "schema_version", "occurred_at")]
     with mapped():
         await connection.execute(
-            "SELECT append_events($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
-            stripe, tenant, stream, stream_class, head, epoch, policies, *columns, [document for *_, document in copies],
+            "SELECT append_events($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)",
+            stripe, tenant, stream, stream_class, head, epoch, policies, False, *columns, [document for *_, document in copies],
             [envelope for _, envelope, _ in copies], [None] * len(rows), [row["is_tombstone"] for row in rows],
         )  # fmt: skip
         return await connection.fetch(

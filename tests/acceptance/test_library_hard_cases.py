@@ -27,6 +27,8 @@ from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.store import Expected
 from sidecar.key_management import KeyManagementService
 from sidecar.postgres import audit, rotations, tenants
+from sidecar.postgres.event_store import PostgresEventStore
+from tests.acceptance.key_history import key_history_faults
 from tests.acceptance.world import World
 
 STREAM = Scope(tenant="acme", kind=ScopeKind.STREAM, id="aes-1")
@@ -275,6 +277,36 @@ async def test_library_and_sidecar_write_the_same_streams_at_once(library: Libra
     assert len(seen) == 420
     history = await library.plain.pool.fetch("SELECT count(*) AS n FROM stream_key_history GROUP BY stream_id")
     assert {row["n"] for row in history} == {1}
+
+
+async def write_in_turns(library: Library, world: World) -> list[str]:
+    """Another library rotates the stream's key by count, of which this one hears nothing. -> what is wrong with the record of its keys."""
+    limits = world.settings.limits.model_copy(update={"soft_uses": 2, "hard_uses": 3})
+    async with open_library(world.settings.model_copy(update={"limits": limits}), writer="other") as other:
+        for _ in range(2):
+            await library.store.append_to_stream("aes-1", [event()], tenant="acme")
+            for _ in range(4):
+                await other.store.append_to_stream("aes-1", [event()], tenant="acme")
+            head = (await library.plain.read_stream("aes-1", tenant="acme")).version
+            await library.store.append_to_stream("aes-1", [event()], tenant="acme", expected_version=head)
+    assert await library.plain.pool.fetchval("SELECT max(key_version) FROM encryption_keys") > 2
+    return await asyncio.to_thread(key_history_faults, world)
+
+
+async def test_two_libraries_that_write_a_stream_in_turns_leave_its_keys_on_record(library: Library, world: World) -> None:
+    assert await write_in_turns(library, world) == []
+
+
+async def test_control_one_that_takes_its_own_last_word_for_the_records_leaves_them_wrong(
+    library: Library, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = PostgresEventStore.append_to_stream
+
+    async def trusting(self: Any, *arguments: Any, noted: bool = False, **more: Any) -> Any:
+        return await append(self, *arguments, noted=True, **more)
+
+    monkeypatch.setattr(PostgresEventStore, "append_to_stream", trusting)
+    assert await write_in_turns(library, world) != []
 
 
 # 14

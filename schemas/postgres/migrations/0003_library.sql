@@ -4,30 +4,33 @@ CREATE INDEX dead_letters_sealed ON dead_letters (tenant_id) WHERE value_encrypt
 
 -- One append, in one call: guard, tenant state, fences, the stream's row, its head, the rows. Locks are the transaction's.
 -- `expected`: a version (0: no stream yet), -1 any, -2 the stream exists. `epoch`: the tenant's, as of which the caller knows policy, keys and
--- what is erased (0: there was no tenant yet); NULL from a caller that knows nothing of them, and appends plain events.
+-- what is erased (0: there was no tenant yet); NULL from a caller that knows nothing of them, and appends plain events. `noted`: the caller
+-- knows that at `expected` the key version of all these envelopes was the one on the stream's record.
 -- Raises KS002 refused, KS003 the tenant or its policy has changed since (reload the keys), KS004 plaintext for an encrypted stream,
 -- KS005 the stream is not at the expected version, KS006 the ledger has entries of a name that is new here: ask, wait. A unique violation means that the data plane wrote in between: try again.
 CREATE FUNCTION append_events(
-  stripe INT, tenant TEXT, stream TEXT, stream_class TEXT, expected BIGINT, epoch BIGINT, policies BIGINT,
+  stripe INT, tenant TEXT, stream TEXT, stream_class TEXT, expected BIGINT, epoch BIGINT, policies BIGINT, noted BOOLEAN,
   ids TEXT[], types TEXT[], schema_versions INT[], occurred TIMESTAMPTZ[], plain BYTEA[], sealed BYTEA[], attributes JSONB[], tombstones BOOLEAN[],
   OUT first BIGINT, OUT last BIGINT, OUT created BOOLEAN
 ) LANGUAGE plpgsql VOLATILE AS $$
 DECLARE t RECORD; s RECORD; is_sealed BOOLEAN := sealed[1] IS NOT NULL; head BIGINT;
 BEGIN
   PERFORM pg_advisory_xact_lock_shared(1, stripe);
-  SELECT x.state, x.epoch INTO t FROM tenants x WHERE x.tenant_id = tenant;
+  SELECT x.state, x.epoch, CASE WHEN policies IS NOT NULL THEN (SELECT p.version FROM policy_version p) END AS policies INTO t
+    FROM tenants x WHERE x.tenant_id = tenant;
   IF NOT FOUND THEN
     IF epoch > 0 THEN RAISE EXCEPTION 'the tenant is gone' USING ERRCODE = 'KS003'; END IF;
     IF EXISTS (SELECT FROM ledger l WHERE l.tenant_ref = tenant_ref(tenant)) THEN
       RAISE EXCEPTION 'the ledger knows the tenant' USING ERRCODE = 'KS006';
     END IF;
     INSERT INTO tenants (tenant_id) VALUES (tenant) ON CONFLICT DO NOTHING;
+    t.policies := (SELECT p.version FROM policy_version p);
   ELSIF t.state <> 'active' THEN
     RAISE EXCEPTION 'tenant_shredded' USING ERRCODE = 'KS002';
   ELSIF epoch IS NOT NULL AND t.epoch <> epoch THEN
     RAISE EXCEPTION 'the tenant epoch moved' USING ERRCODE = 'KS003';
   END IF;
-  IF policies IS NOT NULL AND policies <> (SELECT version FROM policy_version) THEN
+  IF policies <> t.policies THEN
     RAISE EXCEPTION 'the policies changed' USING ERRCODE = 'KS003';
   END IF;
   SELECT x.position, x.stream_type_class, x.is_encrypted INTO s FROM streams x WHERE x.tenant_id = tenant AND x.stream_id = stream FOR UPDATE;
@@ -64,7 +67,7 @@ BEGIN
       WITH ORDINALITY x(id, type, version, at, plain, sealed, attributes, tombstone, n);
   first := head + 1;
   last := head + cardinality(ids);
-  IF is_sealed THEN
+  IF is_sealed AND NOT coalesce(noted AND s.is_encrypted, false) THEN
     PERFORM note_keys(tenant, stream, first, append_events.sealed);
   END IF;
   UPDATE streams x SET position = last WHERE x.tenant_id = tenant AND x.stream_id = stream;
