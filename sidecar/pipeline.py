@@ -128,13 +128,16 @@ class Pipeline:
     async def run(self, source: KafkaSource, stop: asyncio.Event) -> None:
         """Until `stop`; then the batch in flight is finished. Raises what no waiting mends (ConfigurationError, InstanceReplaced)."""
         self.source = source
-        await self._recover(None, stop)
-        while not stop.is_set():
-            try:
-                await self._turn(source)
-            except (Unavailable, ProducerFenced, Fenced, KeyUnavailable, RecordError) as error:
-                await self._recover(error, stop)
-        await self._finish()
+        try:
+            await self._recover(None, stop)
+            while not stop.is_set():
+                try:
+                    await self._turn(source)
+                except (Unavailable, ProducerFenced, Fenced, KeyUnavailable, RecordError) as error:
+                    await self._recover(error, stop)
+            await self._finish()
+        finally:  # the source is closed next
+            await self._fetched()
 
     async def _turn(self, source: KafkaSource) -> None:
         """One batch: seal it while the last one is committed, then commit it behind that."""
@@ -238,8 +241,6 @@ class Pipeline:
                 self.ready = (True, "stopped")
             except (SidecarError, ProducerFenced) as error:
                 telemetry.log.warning("the last transaction's outcome is not known", extra={"action": "stop", "error": error})
-        if self._fetching is not None:
-            await asyncio.wait({self._fetching})
 
     # ── recovery: ask, never assume ─────────────────────────────────────────────────────────────────────────────────
 
@@ -277,12 +278,16 @@ class Pipeline:
 
     async def _pause(self, seconds: float) -> None:
         """Back off, in the group."""
+        await self._fetched()
+        if self.source is not None:
+            await self.source.idle(seconds)
+
+    async def _fetched(self) -> None:
+        """Wait for the fetch under way, and drop what it brings."""
         if self._fetching is not None:
             await asyncio.wait({self._fetching})
             fetched, self._fetching = self._fetching, None
             fetched.exception()
-        if self.source is not None:
-            await self.source.idle(seconds)
 
     async def _abandon(self) -> None:
         if self._inflight is not None:

@@ -1,5 +1,6 @@
 """A control plane as a process of its own, and what a test needs around it: seeded tenants, commands, the receipts on the topic."""
 
+import asyncio
 import base64
 import json
 import os
@@ -26,6 +27,7 @@ from sidecar.core.keys import Kek, KeyName, fingerprint
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.kafka.client import client_config
 from sidecar.kms.file import create_key_file
+from sidecar.postgres import commands
 from sidecar.postgres.connection import Connection
 from sidecar.settings import Settings
 
@@ -177,6 +179,16 @@ def read_topic(settings: Settings, topic: str) -> list[Any]:
 def published(settings: Settings) -> list[dict[str, Any]]:
     """The receipts on the topic, as a `read_committed` consumer sees them; per command in order."""
     return [json.loads(message.value()) for message in read_topic(settings, settings.control.receipts)]
+
+
+async def final_receipt(connection: Connection, command_id: UUID) -> dict[str, Any]:
+    """The first that is final, once it is there. The newest would not do: a shred that left nothing anywhere is `complete` a moment later."""
+    async with asyncio.timeout(120):
+        while True:
+            for receipt in await commands.receipts(connection, command_id=command_id):
+                if receipt["status"] not in ("accepted", "pending"):
+                    return receipt
+            await asyncio.sleep(0.02)
 
 
 async def seed(

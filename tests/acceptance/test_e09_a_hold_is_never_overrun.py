@@ -61,13 +61,7 @@ class Plane:
         return command_id
 
     async def receipt(self, command_id: UUID) -> dict[str, Any]:
-        """Once it is final."""
-        async with asyncio.timeout(60):
-            while True:
-                found = await commands.receipt(self.database, command_id)
-                if found and found["status"] not in ("accepted", "pending"):
-                    return found
-                await asyncio.sleep(0.02)
+        return await kit.final_receipt(self.database, command_id)
 
     async def carry_out(self, op: str, scope: Scope, **changes: Any) -> dict[str, Any]:
         return await self.receipt(await self.send(op, scope, **changes))

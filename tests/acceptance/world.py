@@ -39,7 +39,7 @@ from sidecar.testing import control_plane as kit
 from sidecar.testing.local_stack import LocalStack
 
 T = TypeVar("T")
-PATIENCE_SECONDS = 40
+PATIENCE_SECONDS = 120
 Headers = Sequence[tuple[str, bytes | None]]
 
 
@@ -314,7 +314,7 @@ class World:
 
 @contextmanager
 def in_process(world: World, pipeline: Callable[..., Pipeline], instance: str = "one", *, dies: bool = False) -> Iterator[None]:
-    """A data plane in a thread of this process, with a pipeline that a test has a hand in; `dies`: it is to end by an exception."""
+    """A data plane in a thread of this process, with a pipeline that a test has a hand in; `dies`: it is to end by an exception, and is waited for."""
     failures: list[BaseException] = []
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
@@ -332,6 +332,11 @@ def in_process(world: World, pipeline: Callable[..., Pipeline], instance: str = 
         until(lambda: running or failures, "the data plane to start")
         assert not failures, failures
         yield
+        if dies:
+            until(lambda: failures, "the data plane to end by itself")
+    except BaseException as error:
+        error.add_note(f"the data plane: {failures or 'no exception'}")
+        raise
     finally:
         for loop, stop in running:
             with suppress(RuntimeError):  # it died: its loop is closed
