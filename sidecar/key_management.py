@@ -47,10 +47,7 @@ class Held:
     stream: Stream
     as_of: SealedFor
     policies: PolicySet
-
-    @property
-    def is_plain(self) -> bool:
-        return not (self.stream.key or self.stream.by_subject)
+    is_plain: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,9 +150,10 @@ class KeyManagementService:
     def _held(tenant: Tenant, stream: Stream, policies: PolicySet, wanted: Encrypt | None) -> Held:
         if tenant.refusal or stream.refusal:
             raise RecordRefused(tenant.refusal or stream.refusal or "")
-        if not (stream.key or stream.by_subject) and isinstance(wanted or policies.decide(tenant.id, stream.stream_class), Encrypt):
+        is_plain = stream.key is None and stream.by_subject is None
+        if is_plain and isinstance(wanted or policies.decide(tenant.id, stream.stream_class), Encrypt):
             raise KeyUnavailable("a stream that policy encrypts has no key")  # never plaintext instead
-        return Held(tenant, stream, SealedFor(epoch=tenant.epoch, policy_version=policies.version), policies)
+        return Held(tenant, stream, SealedFor(epoch=tenant.epoch, policy_version=policies.version), policies, is_plain)
 
     async def hold(self, tenant: str, stream: str, stream_class: str, wanted: Encrypt | None = None, *, text: bool = False) -> Held:
         """What an append needs; makes and records keys that are missing. One at a time: two callers must not make the same key."""
