@@ -6,10 +6,11 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sidecar import ConfigurationError, Library, load, open_library
+from sidecar import ConfigurationError, Library, NewEvent, PolicySpec, load, open_library
 from sidecar.testing import control_plane as kit
 from tests.acceptance.pages import DOCS, blocks, run
 
@@ -48,6 +49,36 @@ async def test_the_readmes_five_minutes_with_ones_own_events(application: Path, 
         [said] = await run(section, application, {})
     assert capfd.readouterr().out == """b'acme/user-7/1' b'{"email": "jane@example.org"}'\n"""
     assert '"status": "inaccessible"' in said
+
+
+async def test_the_readmes_way_to_be_forgotten_and_to_show_it(application: Path, library: Library) -> None:
+    """A person's events first, then every line as it stands there."""
+    by_person = PolicySpec.model_validate({"class": "Person", "key_scope": "subject"})
+    await library.policies.create_policy(by_person, actor="a test", reason="the page needs a person's key")
+    await library.store.append_to_stream("s", [NewEvent(type="T", data="x", subject="jane")], tenant="acme", stream_class="Person")
+    section = README.partition("## Being forgotten, and showing it\n")[2].partition("\n## ")[0]
+    [(kind, block)] = blocks(section)
+    for shown, own in {"--wait 10": "--wait 60", 'request" ': 'request" --yes ', '"case 7"': '"case 7" --wait 60', '"closed"': '"closed" --wait 60',
+                       '"a customer again"': '"a customer again" --wait 60'}.items():  # fmt: skip
+        assert shown in block
+        block = block.replace(shown, own)
+    shred, get, shown = block.partition("sidecar receipts get COMMAND")
+    [said] = await run(f"```{kind}\n{shred}```\n", application, {})
+    assert [receipt["status"] for receipt in receipts(said)] == ["done", "inaccessible"]
+    command = receipts(said)[1]["command_id"]
+    [said] = await run(f"```{kind}\n{get}{shown}```\n".replace("COMMAND", command), application, {})
+    assert [receipt["status"] for receipt in receipts(said) if receipt.get("op") in ("hold", "release", "readmit")] == ["done"] * 3
+    assert "jane" not in (application.parent / "certificate.json").read_text()
+    assert "acme" in (application.parent / "report.html").read_text()
+
+
+def receipts(said: str) -> list[dict[str, Any]]:
+    """Every JSON object that commands wrote, one behind the other; of a list its members."""
+    found, at, decoder = [], 0, json.JSONDecoder()
+    while (at := said.find("{", at)) >= 0:
+        receipt, at = decoder.raw_decode(said, at)
+        found.append(receipt)
+    return found
 
 
 @asynccontextmanager
