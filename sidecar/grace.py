@@ -4,6 +4,7 @@ In between their wrapped bytes lie in `quarantined_keys`, which nothing but this
 need no right to it. A restore (readmit with `restore`) brings them back; a legal hold that was placed meanwhile keeps them there.
 """
 
+from datetime import datetime
 from uuid import UUID
 
 from sidecar import telemetry
@@ -12,7 +13,7 @@ from sidecar.core.keys import Keys
 from sidecar.core.model import Scope
 from sidecar.postgres import quarantine, tenants
 from sidecar.postgres.connection import Connection, transaction
-from sidecar.postgres.holds import refuse_held
+from sidecar.postgres.holds import overlapping, refuse_held
 from sidecar.postgres.residue import Entry, Look
 from sidecar.steps import WRITER, Steps, failpoint
 
@@ -57,13 +58,14 @@ async def _destroy(steps: Steps, command_id: UUID, scope: Scope, actor: str) -> 
             await steps.note(connection, command_id, scope, f"{scope.kind}.destroy", actor, keys.in_audit())
 
 
-async def restore(connection: Connection, scope: Scope) -> Keys:
+async def restore(connection: Connection, scope: Scope, now: datetime) -> Keys:
     """Give a scope within its grace its old keys back; -> which. The caller holds the guard, lifts the fence, audits, and keeps the generation.
 
-    Raises CommandRejected (`grace_over`) when nothing of exactly this scope is in quarantine, Conflict while the KMS key that wraps it is
-    being replaced. Its view records are gone all the same: the tombstones did not wait.
+    Raises CommandRejected (`grace_over`) when nothing of exactly this scope is in quarantine, or its time there is over and no hold made it
+    longer: this may be an older database, and the keys destroyed, with a receipt. Conflict while the KMS key that wraps it is being replaced.
+    Its view records are gone all the same: the tombstones did not wait.
     """
-    keys = await quarantine.restore(connection, scope)
-    if not keys.names:
+    until = await quarantine.ends(connection, scope)
+    if until is None or (until <= now and not await overlapping(connection, scope)):
         raise CommandRejected("grace_over", "nothing can be brought back: the grace has ended, or there was none")
-    return keys
+    return await quarantine.restore(connection, scope)

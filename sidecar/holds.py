@@ -31,7 +31,7 @@ class Holding:
     async def _place(self, job: Job, command: Command) -> Job:
         steps, scope, now = self._steps, command.scope, self._steps.clock.now()
         async with _locked(steps, scope) as (connection, tenant):
-            await holds.refuse_gone(connection, scope)
+            await holds.refuse_gone(connection, scope, now)
             await holds.place(connection, scope, hold_id=command.command_id, reason=command.reason, by=command.requested_by, at=now)
             facts = await steps.audited(connection, command, "hold.place") | {"holds": [str(command.command_id)]}
             await steps.ledger.enter(connection, command, "hold", at=now, generation=tenant.generation)

@@ -42,7 +42,7 @@ class Readmission:
             generation, keys, act = tenant.generation, Keys(), "readmit"
             if command.restore:
                 found = await quarantine.commands_of(connection, scope)
-                keys, act = await grace.restore(connection, scope), "restore"
+                keys, act = await grace.restore(connection, scope, steps.clock.now()), "restore"
                 await readmissions.take_back(connection, scope, found)
                 undone = [*found]
             elif scope.kind is ScopeKind.TENANT:

@@ -6,20 +6,23 @@ is written after `segment.ms`. So the job writes tombstones, and later its notic
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
+from sidecar.core.command import receipt_id
+from sidecar.core.errors import Conflict
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.view import view_partition
 from sidecar.kafka import scan
 from sidecar.kafka.admin import Admin, TopicInfo
 from sidecar.kafka.receipts import ViewRecord
 from sidecar.notices import Notices, erasing_keys, notice, tombstones
-from sidecar.postgres import residue
-from sidecar.postgres.connection import transaction
+from sidecar.postgres import commands, guard, readmissions, residue
+from sidecar.postgres.connection import Connection, transaction
 from sidecar.postgres.residue import Entry, Look
 from sidecar.postgres.views import View, views_on_record
 from sidecar.settings import Settings
@@ -73,26 +76,44 @@ class ViewRecords:
 
     async def _write_tombstones(self, entry: Entry, view: View) -> Entry:
         """Some of them; behind the last one `details.tombstones` says how many they are."""
-        scope, progress = entry.command.scope, dict(entry.details.get("progress") or {"after": ["", 0], "written": 0})
+        progress = dict(entry.details.get("progress") or {"after": ["", 0], "written": 0})
+        modes = erasing_keys(view, entry.command.scope)
         for _ in range(CHUNKS_AT_A_TIME):
-            records, last = await self._next_tombstones(scope, view, progress["after"])
-            await self._notices.write(records)
+            async with self._undisturbed(entry) if "stream" in modes else transaction(self._pool) as connection:
+                records, last = await self._next_tombstones(connection, entry, view, modes, progress["after"])
+                await self._notices.write(records)
             progress = {"after": last or progress["after"], "written": progress["written"] + len(records)}
             if last is None:
                 now = self._clock.now().timestamp()
                 return replace(entry, details=entry.details | {"tombstones": progress["written"], "progress": {"rolled_at": now}})
         return replace(entry, details=entry.details | {"progress": progress})
 
-    async def _next_tombstones(self, scope: Scope, view: View, after: list[Any]) -> tuple[list[ViewRecord], list[Any] | None]:
-        """-> tombstones, and behind which (stream, position) the next are; None: these were the last."""
+    @asynccontextmanager
+    async def _undisturbed(self, entry: Entry) -> AsyncIterator[Connection]:
+        """A transaction in which no event of the scope gets into a view, where a tombstone of its stream would erase it: the scope is shredded
+        and stays so to the end; or, readmitted by now, its guard is ours. Raises Conflict where a batch does not let go of that in time."""
+        scope = entry.command.scope
         async with transaction(self._pool) as connection:
-            modes = erasing_keys(view, scope)
-            if modes == ["stream"]:
-                streams = await residue.sealed_streams(connection, scope, after[0], CHUNK)
-                events = [(stream, 0) for stream in streams]
-            else:
-                events = await residue.sealed_events(connection, scope, (after[0], after[1]), CHUNK)
-        found = {t.key: t for stream, position in events for t in tombstones(scope.tenant, stream, position, view, modes)}
+            if await readmissions.stays_shredded(connection, scope, entry.command_id):
+                yield connection
+                return
+        async with transaction(self._pool) as connection:
+            if not await guard.take(connection, scope.tenant):
+                raise Conflict("a batch did not let go of the guard in time")
+            yield connection
+
+    async def _next_tombstones(
+        self, connection: Connection, entry: Entry, view: View, modes: list[str], after: list[Any]
+    ) -> tuple[list[ViewRecord], list[Any] | None]:
+        """-> tombstones, and behind which (stream, position) the next are; None: these were the last. What came since a readmission has none."""
+        scope, at = entry.command.scope, await commands.written_at(connection, receipt_id(entry.command_id, "inaccessible"))
+        if modes == ["stream"]:
+            events = [(stream, 0) for stream in await residue.sealed_streams(connection, scope, after[0], CHUNK)]
+        else:
+            events = await residue.sealed_events(connection, scope, (after[0], after[1]), CHUNK, at)
+        live = await residue.gone_on(connection, scope.tenant, {stream for stream, _ in events}, at) if "stream" in modes else set()
+        of = {stream: [mode for mode in modes if mode != "stream" or stream not in live] for stream, _ in events}
+        found = {t.key: t for stream, position in events for t in tombstones(scope.tenant, stream, position, view, of[stream])}
         return list(found.values()), list(events[-1]) if len(events) == CHUNK else None
 
     async def _left(self, entry: Entry, info: TopicInfo, scope: Scope) -> dict[int, int]:
@@ -144,7 +165,7 @@ class ViewRecords:
         after = ("", 0)
         while True:
             async with transaction(self._pool) as connection:
-                events = await residue.sealed_events(connection, scope, after, CHUNK)
+                events = await residue.sealed_events(connection, scope, after, CHUNK, None)
             out.update(events)
             if len(events) < CHUNK:
                 return out

@@ -99,21 +99,27 @@ async def refuse_held(connection: Connection, scope: Scope) -> None:
         raise CommandRejected("legal_hold", f"a legal hold is in force: {reasons}{more}", holds=[str(hold.hold_id) for hold in held])
 
 
-async def refuse_gone(connection: Connection, scope: Scope) -> None:
+async def refuse_gone(connection: Connection, scope: Scope, now: datetime) -> None:
     """Raises CommandRejected if the scope's keys are destroyed: a receipt for a hold on them would promise what nobody can keep.
 
-    Within a shred's grace their bytes are still there, and a hold keeps them from being destroyed.
+    Within a shred's grace their bytes are still there, and a hold keeps them from being destroyed; a grace that is over counts where another hold
+    made it longer.
     """
+    lasts = "(q.until > $4 OR $5)"
     with mapped():
         tenant_gone, scope_gone = await connection.fetchrow(  # type: ignore[misc]
-            f"""SELECT t.state <> 'active' AND NOT EXISTS (SELECT FROM quarantined_keys q WHERE q.tenant_id = $1),
+            f"""SELECT t.state <> 'active' AND NOT EXISTS (
+                   SELECT FROM quarantined_keys q WHERE q.tenant_id = $1 AND q.generation = t.generation AND q.key_id IS NULL AND {lasts}),
                  EXISTS (SELECT FROM erased_scopes e WHERE e.tenant_id = $1 AND e.readmitted_at IS NULL
                    AND ((e.scope_kind, e.scope_id) = ($2, $3) OR (e.scope_kind, e.scope_id) IN (
-                     SELECT 'class', s.stream_type_class FROM {STREAMS} s WHERE $2 = 'stream' AND s.stream_id = $3)) AND NOT EXISTS (SELECT FROM quarantined_keys q WHERE q.command_id = e.command_id))
+                     SELECT 'class', s.stream_type_class FROM {STREAMS} s WHERE $2 = 'stream' AND s.stream_id = $3))
+                   AND NOT EXISTS (SELECT FROM quarantined_keys q WHERE q.command_id = e.command_id AND {lasts}))
                FROM tenants t WHERE t.tenant_id = $1""",  # noqa: S608 (constants)
             scope.tenant,
             scope.kind.value,
             scope.id,
+            now,
+            bool(await overlapping(connection, scope)),
         )
     if tenant_gone:
         raise CommandRejected("tenant_shredded", "the tenant's data is unreadable already; there is nothing to hold")

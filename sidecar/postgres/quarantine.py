@@ -68,6 +68,14 @@ async def commands_of(connection: Connection, scope: Scope) -> list[UUID]:
     return [row["command_id"] for row in rows]
 
 
+async def ends(connection: Connection, scope: Scope) -> datetime | None:
+    """When the grace of exactly this scope ends, or ended; None: nothing of it is here."""
+    statement = f"SELECT max(until) FROM quarantined_keys q WHERE {_OF_SCOPE[scope.kind is ScopeKind.TENANT]}"  # noqa: S608
+    with mapped():
+        until: datetime | None = await connection.fetchval(statement, scope.tenant, scope.kind.value, scope.id)
+    return until
+
+
 async def restore(connection: Connection, scope: Scope) -> Keys:
     """Back to where they were. The command's residue is not watched any more: it will never be complete."""
     tenant = scope.kind is ScopeKind.TENANT

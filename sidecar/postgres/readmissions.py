@@ -39,6 +39,16 @@ async def is_fenced(connection: Connection, scope: Scope) -> bool:
         )
 
 
+async def stays_shredded(connection: Connection, scope: Scope, command_id: UUID) -> bool:
+    """Whether the shred's scope is shredded, by this shred or with the tenant; and if so, until the end of the transaction: a readmission waits."""
+    with mapped():
+        state = await connection.fetchval("SELECT state FROM tenants WHERE tenant_id = $1 FOR SHARE", scope.tenant)
+        fenced = await connection.fetchval(  # on its own: of what the lock was waited for, the statement before sees the tenant's row alone
+            "SELECT EXISTS (SELECT FROM erased_scopes WHERE tenant_id = $1 AND command_id = $2 AND readmitted_at IS NULL)", scope.tenant, command_id
+        )
+    return bool(state != "active" or fenced)
+
+
 async def lift_fence(connection: Connection, scope: Scope) -> None:
     with mapped():
         await connection.execute(

@@ -170,19 +170,36 @@ async def pending(connection: Connection, command_id: UUID, kind: str) -> bool:
 # ── what a view can hold of a scope ─────────────────────────────────────────────────────────────────────────────────
 
 
-async def sealed_events(connection: Connection, scope: Scope, after: tuple[str, int], limit: int) -> list[tuple[str, int]]:
-    """The scope's encrypted events behind (stream, position), in that order."""
+async def sealed_events(
+    connection: Connection, scope: Scope, after: tuple[str, int], limit: int, stood_at: datetime | None
+) -> list[tuple[str, int]]:  # fmt: skip
+    """The scope's encrypted events behind (stream, position), in that order; all, or those that stood then."""
     with mapped():
         rows = await connection.fetch(
             f"""SELECT m.stream_id, m.stream_position FROM messages m
                 WHERE {messages_of(scope)} AND m.data_encrypted IS NOT NULL AND (m.stream_id, m.stream_position) > ($3, $4)
-                ORDER BY m.stream_id, m.stream_position LIMIT $5""",
+                  AND ($6::timestamptz IS NULL OR m.created_at <= $6) ORDER BY m.stream_id, m.stream_position LIMIT $5""",
             scope.tenant,
             scope.id,
             *after,
             limit,
+            stood_at,
         )
     return [(row["stream_id"], row["stream_position"]) for row in rows]
+
+
+async def gone_on(connection: Connection, tenant: str, streams: Iterable[str], since: datetime) -> set[str]:
+    """Those of the streams that have an event from after then."""
+    with mapped():
+        rows = await connection.fetch(
+            """SELECT x.s FROM unnest($2::text[]) x(s) CROSS JOIN LATERAL (
+                 SELECT m.created_at FROM messages m WHERE m.tenant_id = $1 AND m.stream_id = x.s ORDER BY m.stream_position DESC LIMIT 1) newest
+               WHERE newest.created_at > $3""",
+            tenant,
+            list(streams),
+            since,
+        )
+    return {row["s"] for row in rows}
 
 
 async def sealed_streams(connection: Connection, scope: Scope, after: str, limit: int) -> list[str]:

@@ -262,13 +262,13 @@ async def irrecoverable(connection: Connection, scope: Scope, command_id: UUID) 
     """When the KMS made sure that no copy of the scope's wrapped keys can be opened; else None and what it waits for.
 
     An old backup may hold any wrap that a key of the scope ever had, so of each KMS key that wraps one of its KEKs every version up to
-    the last that did must be destroyed. Says nothing of views, sources and WAL. Which KEKs there were, the database's clock alone says.
+    the last that did must be destroyed; of a generation before a readmission, all KEKs. Says nothing of views, sources and WAL. Which KEKs there were, the database's clock alone says.
     """
     with mapped():
         below = await connection.fetchval("SELECT min(below_kek) FROM erased_scopes WHERE command_id = $1", command_id)
         keks = await connection.fetch(
             """SELECT k.wrapped IS NULL AS destroyed, k.kms_uri, k.kms_key_version FROM tenant_keys k
-               WHERE k.tenant_id = $1 AND ($3::int IS NULL OR k.kek_version < $3)
+               WHERE k.tenant_id = $1 AND ($3::int IS NULL OR k.kek_version < $3 OR k.generation < (SELECT generation FROM tenants WHERE tenant_id = $1))
                  AND k.created_at <= coalesce((SELECT finished_at FROM commands WHERE command_id = $2), 'infinity')""",
             scope.tenant,
             command_id,

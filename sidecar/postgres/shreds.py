@@ -61,7 +61,8 @@ async def take_keys(connection: Connection, scope: Scope, command_id: UUID, kept
         )
         keys = Keys(fingerprints=[r["fingerprint"] for r in rows], names=[f"{r['key_id']}/{r['key_version']}" for r in rows])
         await connection.execute(
-            "UPDATE erased_scopes SET fingerprints = $5 WHERE tenant_id = $1 AND scope_kind = $2 AND scope_id = $3 AND command_id = $4",
+            # below_kek: a roll between the fence and this has moved the keys to its new KEK
+            "UPDATE erased_scopes SET fingerprints = $5, below_kek = NULL WHERE tenant_id = $1 AND scope_kind = $2 AND scope_id = $3 AND command_id = $4",
             scope.tenant,
             scope.kind.value,
             scope.id,

@@ -187,6 +187,17 @@ async def test_a_hold_on_a_stream_whose_class_is_gone_is_refused(plane: Plane) -
     assert (await plane.carry_out("hold", Scope(tenant="acme", kind=ScopeKind.STREAM, id="other")))["status"] == "done"
 
 
+async def test_a_hold_on_a_tenant_that_is_gone_is_refused_although_the_grace_of_one_of_its_streams_lasts(plane: Plane) -> None:
+    await kit.seed(plane.database, "acme", {"own": "E", "other": "F"})
+    await plane.carry_out("shred", Scope(tenant="acme", kind=ScopeKind.STREAM, id="own"), options={"grace": "30d"})
+    await plane.carry_out("shred", ACME, options={"grace": "1s"})
+    async with asyncio.timeout(60):
+        while await plane.database.fetchval("SELECT count(*) FROM quarantined_keys WHERE key_id IS NULL"):  # noqa: ASYNC110 (no event says so)
+            await asyncio.sleep(0.05)
+    assert await plane.database.fetchval("SELECT count(*) FROM quarantined_keys") == 1
+    assert (await plane.carry_out("hold", ACME))["error"]["code"] == "tenant_shredded"
+
+
 class Race:
     """A hold and a shred of one tenant, each in a process of its own as it were: neither waits in the other's queue."""
 

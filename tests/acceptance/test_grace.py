@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -120,7 +121,7 @@ def restored(world: World, scope: Scope) -> None:
 
     async def act() -> None:
         async with connected(world.dsn) as connection, connection.transaction():
-            await grace.restore(connection, scope)
+            await grace.restore(connection, scope, datetime.now(UTC))
             await connection.execute("UPDATE erased_scopes SET readmitted_at = now()")
             await connection.execute("UPDATE tenants SET state = 'active', epoch = epoch + 1")
 
@@ -241,3 +242,21 @@ def test_a_restore_brings_back_nothing_of_before_a_readmission(filled: World) ->
         assert filled.carry_out("readmit", AES_1, options={"restore": True})["status"] == "done"
         assert statuses(filled, "acme", stream="aes-1") == ["erased"] * 5 + ["ok"]
         assert kept(filled, old) == ["quarantined_keys"]
+
+
+def test_after_its_grace_nothing_is_restored_or_held_although_the_bytes_are_still_there(filled: World) -> None:
+    """They may be: the control plane was down, or the database was restored to within a grace that ended, with its receipts, long ago."""
+    keys = wrapped(filled, AES_1)
+    over = "UPDATE quarantined_keys SET until = now() - interval '1 minute'"
+    with kit.control(filled.config):
+        filled.carry_out("shred", AES_1, options=LONG)
+        filled.sql(over)
+        for op, options, code in (("readmit", {"restore": True}, "grace_over"), ("hold", {}, "scope_erased")):
+            assert (filled.carry_out(op, AES_1, options=options)["error"] or {}).get("code") == code
+        assert kept(filled, keys) == ["quarantined_keys"]
+        filled.sql("UPDATE quarantined_keys SET until = now() + interval '1 hour'")
+        assert filled.carry_out("hold", AES_1)["status"] == "done"
+        filled.sql(over)  # what a hold kept there can be held again, and given back
+        assert filled.carry_out("hold", AES_1)["status"] == "done"
+        assert filled.carry_out("readmit", AES_1, options={"restore": True})["status"] == "done"
+    assert kept(filled, keys) == ["encryption_keys"]

@@ -13,6 +13,7 @@ from confluent_kafka import Consumer, TopicPartition
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.kafka.client import client_config
 from sidecar.settings import load
+from sidecar.testing import control_plane as kit
 from tests.acceptance.rolls import confirm_and_destroy, roll
 from tests.acceptance.world import World, until
 
@@ -309,3 +310,30 @@ def test_deleted_plain_events_leave_residue_of_their_own_until_it_is_gone(make_w
     assert payloads(world, world.topic("view"), "acme") == 0
     assert payloads(world, world.topic("view"), "globex") == 20
     assert world.json("receipts", "get", receipt["command_id"])["irrecoverable_at"] is None  # the log, and the source
+
+
+NO_RESIDUE = """
+from sidecar.residue import Residue
+async def nothing(self): return None
+Residue.work = nothing
+"""
+
+
+@pytest.mark.parametrize(("scope", "key"), [(ACME, "event"), (Scope(tenant="acme", kind=ScopeKind.STREAM, id="aes-1"), "stream")], ids=str)
+def test_what_a_readmitted_scope_publishes_stays_in_the_views(make_world: Callable[..., World], scope: Scope, key: str) -> None:
+    """The tombstones of its shred may be written behind it."""
+    world = make_world()
+    world = reconfigured(world, views=[view_of(world.name, key=key)])
+    with kit.control(world.config, broken=NO_RESIDUE):
+        world.run()
+        world.event(world.topic("in"), b"old", tenant="acme", stream="aes-1")
+        world.settle()
+        receipt = world.carry_out("shred", scope)
+        assert world.carry_out("readmit", scope)["status"] == "done"
+        world.event(world.topic("in"), b"new", tenant="acme", stream="aes-1")
+        world.settle()
+    with kit.control(world.config):
+        assert done(world, receipt, "view")["remaining"] == 0
+    last: dict[bytes, Any] = {m.key(): m.value() for m in world.records(world.topic("view"))}
+    assert [value for value in last.values() if value == b"new"] == [b"new"]
+    assert not [m for m in world.records(world.topic("view")) if m.value() not in (None, b"new") and shredded(m, scope)]

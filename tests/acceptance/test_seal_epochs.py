@@ -12,7 +12,7 @@ from sidecar.core.errors import Unavailable
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.postgres import rekeys
 from sidecar.testing import control_plane as kit
-from tests.acceptance.rolls import backup, confirm_and_destroy, irrecoverable, restore, roll, sealing, states, statuses, wrapped_by
+from tests.acceptance.rolls import backup, confirm_and_destroy, irrecoverable, opened_by_anybody, restore, roll, sealing, states, statuses, wrapped_by
 from tests.acceptance.world import World, until
 
 TENANTS = ("acme", "globex", "initech")
@@ -338,3 +338,43 @@ def test_a_control_plane_whose_clock_is_behind_claims_no_end_for_a_young_tenant_
     filled.sql("UPDATE tenant_keys SET created_at = now() WHERE tenant_id = 'acme'")
     filled.sql("UPDATE commands SET finished_at = clock_timestamp() WHERE op = 'shred'")
     assert irrecoverable(filled, receipt) == (None, "next seal epoch")
+
+
+def test_a_roll_amid_the_shred_of_a_large_class_does_not_pass_for_its_end(filled: World, make_database: Callable[[], str]) -> None:
+    """Behind the fence and before its keys are gone they are moved to the tenant's new KEK with all others."""
+    aes = Scope(tenant="acme", kind=ScopeKind.CLASS, id="Aes")
+    died = kit.start_control(filled.config, failpoint="shred:closed", broken="from sidecar import shredding\nshredding.MANY_KEYS = 1\n").wait_ready()
+    command_id, raw = kit.command(filled.settings, "shred", aes)
+    kit.send(filled.settings, raw, key="acme")
+    assert died.wait_dead() == -9
+    roll(filled)
+    between = make_database()
+    restore(between, backup(filled.dsn))
+    with kit.control(filled.config):
+        receipt = filled.receipt(str(command_id))
+        assert receipt["status"] == "inaccessible"
+        confirm_and_destroy(filled)
+        assert {tenant for tenant, _, _ in opened_by_anybody(filled, between)} == set(TENANTS)  # what irrecoverable is not
+        assert irrecoverable(filled, receipt) == (None, "next seal epoch")
+        roll(filled)
+        confirm_and_destroy(filled)
+        assert irrecoverable(filled, receipt)[1] is None
+        assert opened_by_anybody(filled, between) == set()
+
+
+def test_a_shred_of_before_a_readmission_waits_for_the_keys_of_its_own_generation(filled: World) -> None:
+    filled.control()
+    filled.carry_out("shred", stream_of("acme", "aes-0"))
+    roll(filled)
+    confirm_and_destroy(filled)
+    receipt = filled.carry_out("shred", stream_of("acme", "aes-1"))
+    filled.carry_out("shred", Scope.of_tenant("acme"))
+    filled.carry_out("readmit", Scope.of_tenant("acme"))
+    filled.event(filled.topic("in"), b"new", tenant="acme", stream="aes-new")
+    filled.settle()
+    filled.carry_out("shred", stream_of("acme", "aes-new"))
+    assert irrecoverable(filled, receipt) == (None, "next seal epoch")
+    roll(filled)
+    assert irrecoverable(filled, receipt) == (None, "keystore backup to be confirmed")
+    confirm_and_destroy(filled)
+    assert irrecoverable(filled, receipt)[1] is None
