@@ -7,11 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from sidecar import checkpoints
-from sidecar.cli.context import Exit, cli, fail, run_async, say
+from sidecar.cli.context import Exit, cli, fail, say
 from sidecar.core.audit import AuditRow
 from sidecar.core.dsse import key_id
 from sidecar.postgres import audit
-from sidecar.postgres.connection import connected
 from sidecar.settings import Settings
 from sidecar.signing import load_public_key, public_path
 
@@ -27,13 +26,8 @@ def _shown(row: AuditRow) -> dict[str, Any]:
 @app.command()
 def tail(context: typer.Context, limit: Annotated[int, typer.Option(min=1, help="How many.")] = 20) -> None:
     """The newest rows, newest last; bytes in hex."""
-    settings = cli(context).settings
-
-    async def read() -> list[dict[str, Any]]:
-        async with connected(settings.postgres.for_role("reader")) as connection:
-            return [_shown(row) for row in await audit.read(connection, limit=limit)]
-
-    cli(context).show(run_async(read()), COLUMNS)
+    here = cli(context)
+    here.show([_shown(row) for row in here.ask("reader", lambda connection: audit.read(connection, limit=limit))], COLUMNS)
 
 
 def _own_key(settings: Settings) -> list[Path]:
@@ -59,12 +53,8 @@ def verify(
     keys = [load_public_key(path) for path in key or _own_key(here.settings)]
     if not keys:
         say("checkpoints are not checked: name the control plane's public key with --key")
-
-    async def read() -> list[dict[str, Any]]:
-        async with connected(here.settings.postgres.for_role("reader")) as connection:
-            return await checkpoints.verify(here.settings, connection, {key_id(k): k for k in keys}, offline=offline)
-
-    found = run_async(read())
+    trusted = {key_id(k): k for k in keys}
+    found = here.ask("reader", lambda connection: checkpoints.verify(here.settings, connection, trusted, offline=offline))
     here.show(found, ("writer", "seq", "ok", "problem", "covered_seq", "covered_at", "uncovered_since"))
     if not all(entry["ok"] for entry in found):
         fail("the audit trail is broken", Exit.FAILED)

@@ -6,11 +6,10 @@ from uuid import UUID
 
 import typer
 
-from sidecar.cli.context import Cli, Exit, cli, fail, run_async, say
+from sidecar.cli.context import Cli, Exit, cli, fail, say
 from sidecar.cli.sending import Class, Sending, Stream, Subject, Tenant, scope_of, sends
 from sidecar.core.model import Scope
 from sidecar.postgres import holds
-from sidecar.postgres.connection import connected
 
 
 def add_to(app: typer.Typer) -> None:
@@ -19,25 +18,21 @@ def add_to(app: typer.Typer) -> None:
 
 
 @sends
-def rotate(sending: Sending, tenant: Tenant, stream: Stream = None, stream_class: Class = None, subject: Subject = None) -> int:
+def rotate(sending: Sending, scope: Scope) -> int:
     """Retire keys: none of them seals anything after the receipt; each gets its next version at its next write."""
-    return sending.send("rotate", scope_of(tenant, stream, stream_class, subject))
+    return sending.send("rotate", scope)
 
 
 @sends
 def shred(
     sending: Sending,
-    tenant: Tenant,
-    stream: Stream = None,
-    stream_class: Class = None,
-    subject: Subject = None,
+    scope: Scope,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     include_plain: Annotated[bool, typer.Option("--include-plain", help="Delete unencrypted events of the scope too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing; the receipt says what a shred would do.")] = False,
     grace: Annotated[str | None, typer.Option(metavar="24h", help="Destroy key bytes after that long; unreadable they are at once.")] = None,
 ) -> int:
     """Make data unreadable, for ever."""
-    scope = scope_of(tenant, stream, stream_class, subject)
     if not (yes or dry_run):
         _confirm(scope)
     waits = {"grace": grace} if grace else {}
@@ -45,9 +40,9 @@ def shred(
 
 
 @sends
-def hold(sending: Sending, tenant: Tenant, stream: Stream = None, stream_class: Class = None, subject: Subject = None) -> int:
+def hold(sending: Sending, scope: Scope) -> int:
     """Place a legal hold: no shred of anything that overlaps it is carried out until it is released."""
-    return sending.send("hold", scope_of(tenant, stream, stream_class, subject))
+    return sending.send("hold", scope)
 
 
 @sends
@@ -68,15 +63,12 @@ def release(
 @sends
 def readmit(
     sending: Sending,
-    tenant: Tenant,
-    stream: Stream = None,
-    stream_class: Class = None,
-    subject: Subject = None,
+    scope: Scope,
     restore: Annotated[bool, typer.Option("--restore", help="Within the shred's grace: take the shred itself back.")] = False,
 ) -> int:
     """Let a shredded scope take events again, under new keys; what was shredded stays unreadable."""
     wanted = {"restore": True} if restore else {}
-    return sending.send("readmit", scope_of(tenant, stream, stream_class, subject), **wanted)
+    return sending.send("readmit", scope, **wanted)
 
 
 @sends
@@ -96,12 +88,7 @@ def reencrypt(
 def _holder(here: Cli, hold_id: UUID | None) -> str:
     if hold_id is None:
         raise typer.BadParameter("--hold or --tenant")
-
-    async def main() -> list[holds.Hold]:
-        async with connected(here.settings.postgres.for_role("reader"), application_name="sidecar cli") as connection:
-            return await holds.listed(connection, hold_id=hold_id)
-
-    found = run_async(main())
+    found = here.ask("reader", lambda connection: holds.listed(connection, hold_id=hold_id))
     if not found:
         fail(f"there is no hold {hold_id} in force; `sidecar holds list` shows those that are")
     return found[0].tenant_id

@@ -4,14 +4,14 @@ import asyncio
 import getpass
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 from uuid import UUID
 
 import orjson
@@ -22,6 +22,7 @@ from rich.table import Table
 
 from sidecar import settings as settings_module
 from sidecar.core.errors import AccessDenied, ConfigurationError, SidecarError
+from sidecar.postgres.connection import Connection, connected
 from sidecar.settings import Settings
 
 T = TypeVar("T")
@@ -52,6 +53,15 @@ class Cli:
     def as_json(self) -> bool:
         """JSON when asked for, or when nobody looks at a terminal."""
         return self.output == "json" or (self.output is None and not sys.stdout.isatty())
+
+    def ask(self, role: Literal["control", "reader", "migrator"], query: Callable[[Connection], Awaitable[T]]) -> T:
+        """The answer of the database, on a connection of its own as this role. Raises what `query` raises, and Unavailable."""
+
+        async def main() -> T:
+            async with connected(self.settings.postgres.for_role(role), application_name="sidecar cli") as connection:
+                return await query(connection)
+
+        return run_async(main())
 
     def show(self, data: Any, columns: Sequence[str] | None = None) -> None:
         """An array of objects or one object: as JSON on stdout alone, or as a table for people."""

@@ -4,8 +4,8 @@ from typing import Any
 
 import typer
 
-from sidecar.cli.context import cli, fail, run_async
-from sidecar.postgres.connection import connected
+from sidecar.cli.context import cli, fail
+from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
 
 app = typer.Typer(help="Dead letters.", no_args_is_help=True)
@@ -13,24 +13,23 @@ _ROWS = """SELECT d.id, t.topic, d.source_id, d.partition, d."offset", d.reason,
 FROM dead_letters d LEFT JOIN source_topics t USING (source_id) WHERE $1::bigint IS NULL OR d.id = $1 ORDER BY d.id DESC LIMIT 1000"""
 
 
-async def _rows(dsn: str, id: int | None) -> list[dict[str, Any]]:
-    async with connected(dsn) as connection:
-        with mapped():
-            return [dict(row) for row in await connection.fetch(_ROWS, id)]
+async def _rows(connection: Connection, id: int | None = None) -> list[dict[str, Any]]:
+    with mapped():
+        return [dict(row) for row in await connection.fetch(_ROWS, id)]
 
 
 @app.command("list")
 def list_(context: typer.Context) -> None:
     """The newest thousand: where they stand in the source topic, and why. Their values are not shown."""
     here = cli(context)
-    here.show(run_async(_rows(here.settings.postgres.for_role("reader"), None)))
+    here.show(here.ask("reader", _rows))
 
 
 @app.command()
 def show(context: typer.Context, id: int) -> None:
     """One dead letter."""
     here = cli(context)
-    rows = run_async(_rows(here.settings.postgres.for_role("reader"), id))
+    rows = here.ask("reader", lambda connection: _rows(connection, id))
     if not rows:
         fail(f"error: there is no dead letter {id}")
     here.show(rows[0])

@@ -2,11 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from sidecar.cli.context import Exit, cli, fail, run_async, say
+from sidecar.cli.context import Exit, cli, fail, say
 from sidecar.cli.receipts import as_id
 from sidecar.core import certificate
 from sidecar.core.command import stored
@@ -14,7 +14,6 @@ from sidecar.core.dsse import key_id
 from sidecar.core.errors import AuthenticationFailed, MalformedEnvelope
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.postgres import evidence
-from sidecar.postgres.connection import connected
 from sidecar.signing import load_public_key
 
 app = typer.Typer(help="Certificates of shreds.", no_args_is_help=True)
@@ -30,14 +29,9 @@ def list_(
     command: Annotated[str | None, typer.Option(help="Only those of this command.")] = None,
 ) -> None:
     """Every certificate, newest last."""
-    settings = cli(context).settings
+    here = cli(context)
     wanted = as_id(command) if command else None
-
-    async def read() -> list[dict[str, Any]]:
-        async with connected(settings.postgres.for_role("reader")) as connection:
-            return await evidence.listed(connection, tenant=tenant, command_id=wanted)
-
-    cli(context).show(run_async(read()), _COLUMNS)
+    here.show(here.ask("reader", lambda connection: evidence.listed(connection, tenant=tenant, command_id=wanted)), _COLUMNS)
 
 
 @app.command()
@@ -54,13 +48,8 @@ def get(
     if with_salt and output is None:
         raise typer.BadParameter("the salt does not belong beside the certificate: name a file with --output", param_hint="--with-salt")
     wanted = as_id(identity)
-
-    async def read() -> dict[str, Any] | None:
-        # the salt is for who may command a shred: a reader's role need not see it
-        async with connected(here.settings.postgres.for_role("control" if with_salt else "reader")) as connection:
-            return await evidence.find(connection, wanted)
-
-    found = run_async(read())
+    # the salt is for who may command a shred: a reader's role need not see it
+    found = here.ask("control" if with_salt else "reader", lambda connection: evidence.find(connection, wanted))
     if found is None:
         fail(f"there is no certificate {wanted}, and none of a command with this id", Exit.FAILED)
     if output is None:

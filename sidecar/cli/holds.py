@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from sidecar.cli.context import cli, run_async
+from sidecar.cli.context import cli
 from sidecar.postgres import holds
-from sidecar.postgres.connection import connected
 
 app = typer.Typer(help="Legal holds; `sidecar hold` and `sidecar release` place and end them.", no_args_is_help=True)
 
@@ -20,9 +19,5 @@ def list_(
 ) -> None:
     """Holds in force, oldest first."""
     here = cli(context)
-
-    async def main() -> list[holds.Hold]:
-        async with connected(here.settings.postgres.for_role("reader"), application_name="sidecar cli") as connection:
-            return await holds.listed(connection, tenant=tenant, released=released)
-
-    here.show([asdict(hold) for hold in run_async(main())])
+    found = here.ask("reader", lambda connection: holds.listed(connection, tenant=tenant, released=released))
+    here.show([asdict(hold) for hold in found])

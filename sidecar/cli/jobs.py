@@ -1,16 +1,15 @@
 """`sidecar jobs`: how far re-encryptions are."""
 
 import time
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sidecar.cli.context import Cli, Exit, cli, fail, run_async, say, show_line
+from sidecar.cli.context import Exit, cli, fail, say, show_line
 from sidecar.postgres import jobs
-from sidecar.postgres.connection import connected
 
 app = typer.Typer(help="Long jobs, which `sidecar worker` works off.", no_args_is_help=True)
 _COLUMNS = ("command_id", "tenant", "state", "done", "chunks", "resealed", "left_alone", "workers")
@@ -20,7 +19,7 @@ _COLUMNS = ("command_id", "tenant", "state", "done", "chunks", "resealed", "left
 def list_(context: typer.Context) -> None:
     """Every re-encryption with its progress, newest last."""
     here = cli(context)
-    here.show(_progress(here, None), _COLUMNS)
+    here.show(here.ask("reader", jobs.progress), _COLUMNS)
 
 
 @app.command()
@@ -39,7 +38,7 @@ def watch(
     with bar:
         task = bar.add_task("", total=None, resealed=0)
         while True:
-            found = _progress(here, command_id)
+            found = here.ask("reader", lambda connection: jobs.progress(connection, command_id))
             if not found:
                 fail(f"there is no re-encryption {command_id}, or it found nothing to do; `sidecar receipts get {command_id}` says which")
             [row] = found
@@ -52,11 +51,3 @@ def watch(
                 say("it is not done yet; is a `sidecar worker` running?")
                 return Exit.PENDING
             time.sleep(0.5)
-
-
-def _progress(here: Cli, command_id: UUID | None) -> list[dict[str, Any]]:
-    async def main() -> list[dict[str, Any]]:
-        async with connected(here.settings.postgres.for_role("reader"), application_name="sidecar cli") as connection:
-            return await jobs.progress(connection, command_id)
-
-    return run_async(main())

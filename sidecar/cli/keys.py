@@ -18,7 +18,7 @@ from sidecar.kafka.ledger import LedgerTopic
 from sidecar.kms import open_for
 from sidecar.ledger import LedgerGate
 from sidecar.postgres import seal_epochs
-from sidecar.postgres.connection import Pool, connected, open_pool, transaction
+from sidecar.postgres.connection import Connection, Pool, open_pool, transaction
 from sidecar.postgres.errors import mapped
 from sidecar.sealing import Sealing
 from sidecar.steps import SystemClock
@@ -53,12 +53,11 @@ def list_(
     """Every key version of a tenant, by scope."""
     here, last = cli(context), _named(after)
 
-    async def main() -> list[dict[str, Any]]:
-        async with connected(here.settings.postgres.for_role("reader")) as connection:
-            with mapped():
-                return [dict(row) for row in await connection.fetch(_KEYS, tenant, *last, limit)]
+    async def read(connection: Connection) -> list[dict[str, Any]]:
+        with mapped():
+            return [dict(row) for row in await connection.fetch(_KEYS, tenant, *last, limit)]
 
-    found = run_async(main())
+    found = here.ask("reader", read)
     here.show(found)
     if limit is not None and len(found) == limit:
         say(f"there may be more: --after {found[-1]['key_id']}/{found[-1]['key_version']}")
@@ -78,12 +77,7 @@ def _named(key: str | None) -> tuple[UUID | None, int | None]:
 def epochs(context: typer.Context) -> None:
     """Seal epochs: the versions of the KMS key, and how far each is on its way to destruction."""
     here = cli(context)
-
-    async def main() -> list[dict[str, Any]]:
-        async with connected(here.settings.postgres.for_role("reader")) as connection:
-            return await seal_epochs.listed(connection)
-
-    here.show(run_async(main()), EPOCH_COLUMNS)
+    here.show(here.ask("reader", seal_epochs.listed), EPOCH_COLUMNS)
 
 
 @app.command("roll-epoch")

@@ -69,22 +69,21 @@ def verify(context: typer.Context, trust_key: TrustKey = None) -> None:
 def status(context: typer.Context) -> None:
     """Whether this database may be served, and what it knows of the ledger. Exit 1 if it may not."""
     here = cli(context)
-    found = run_async(_status(here))
+    found = here.ask("reader", lambda connection: _status(here, connection))
     here.show(found)
     if not found["serves"]:
         fail(found["reason"], Exit.FAILED)
 
 
-async def _status(here: Cli) -> dict[str, Any]:
+async def _status(here: Cli, connection: Connection) -> dict[str, Any]:
     topic = LedgerTopic(here.settings)
-    async with connected(here.settings.postgres.for_role("reader"), application_name="sidecar ledger") as connection:
-        server, known = await ledger.server(connection), await ledger.watermark(connection)
-        reason = None
-        try:
-            await LedgerGate(topic, here.settings.deployment).check(connection)
-        except LedgerBehind as error:
-            reason = str(error)
-        waiting = await ledger.count_unpublished(connection)
+    server, known = await ledger.server(connection), await ledger.watermark(connection)
+    reason = None
+    try:
+        await LedgerGate(topic, here.settings.deployment).check(connection)
+    except LedgerBehind as error:
+        reason = str(error)
+    waiting = await ledger.count_unpublished(connection)
     return {
         "serves": reason is None,
         "reason": reason,

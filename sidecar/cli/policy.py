@@ -37,23 +37,18 @@ _COLUMNS = (
 )
 
 
-async def _rows(settings: Settings) -> list[dict[str, Any]]:
-    async with connected(settings.postgres.for_role("control")) as connection:
-        return await policies.list_policies(connection)
-
-
 @app.command("list")
 def list_(context: typer.Context) -> None:
     """All policies; tenant * is for every tenant without one of its own."""
     here = cli(context)
-    here.show(run_async(_rows(here.settings)), _COLUMNS)
+    here.show(here.ask("control", policies.list_policies), _COLUMNS)
 
 
 @app.command()
 def get(context: typer.Context, policy_id: str) -> None:
     """One policy."""
     here = cli(context)
-    found = next((row for row in run_async(_rows(here.settings)) if row["policy_id"] == policy_id), None)
+    found = next((row for row in here.ask("control", policies.list_policies) if row["policy_id"] == policy_id), None)
     if found is None:
         fail(f"error: there is no policy {policy_id}")
     here.show(found)
@@ -76,13 +71,12 @@ def apply(context: typer.Context, file: Annotated[Path, typer.Argument(help="YAM
             mend="a list of {class, tenant, encrypt, algorithm, key_scope, subject, rotation_days, fields, blind_index}",
         ) from None
 
-    async def main() -> list[dict[str, Any]]:
-        async with connected(here.settings.postgres.for_role("control")) as connection:
-            changed = await policies.apply(connection, specs, actor=getpass.getuser(), now=datetime.now(UTC))
-            names = {policy.policy_id for policy in changed}
-            return [row for row in await policies.list_policies(connection) if row["policy_id"] in names]
+    async def change(connection: Connection) -> list[dict[str, Any]]:
+        changed = await policies.apply(connection, specs, actor=getpass.getuser(), now=datetime.now(UTC))
+        names = {policy.policy_id for policy in changed}
+        return [row for row in await policies.list_policies(connection) if row["policy_id"] in names]
 
-    here.show(run_async(main()), _COLUMNS)
+    here.show(here.ask("control", change), _COLUMNS)
 
 
 @app.command()

@@ -5,9 +5,9 @@ from uuid import UUID
 
 import typer
 
-from sidecar.cli.context import Exit, cli, fail, run_async
+from sidecar.cli.context import Exit, cli, fail
 from sidecar.postgres import commands, residue
-from sidecar.postgres.connection import connected
+from sidecar.postgres.connection import Connection
 from sidecar.residue import live
 
 app = typer.Typer(help="What became of commands.", no_args_is_help=True)
@@ -25,30 +25,24 @@ def as_id(text: str) -> UUID:
 @app.command("list")
 def list_(context: typer.Context, command: Annotated[str | None, typer.Option(help="Only those of this command.")] = None) -> None:
     """Every receipt, newest last."""
-    settings = cli(context).settings
+    here = cli(context)
     wanted = as_id(command) if command else None
-
-    async def read() -> list[dict[str, Any]]:
-        async with connected(settings.postgres.for_role("reader")) as connection:
-            return await commands.receipts(connection, command_id=wanted)
-
-    cli(context).show(run_async(read()), COLUMNS)
+    here.show(here.ask("reader", lambda connection: commands.receipts(connection, command_id=wanted)), COLUMNS)
 
 
 @app.command()
 def get(context: typer.Context, identity: Annotated[str, typer.Argument(metavar="ID", help="A receipt's id, or a command's.")]) -> None:
     """One receipt; for a command its newest, with a shred's residue as it stands now."""
-    settings = cli(context).settings
+    here = cli(context)
     wanted = as_id(identity)
 
-    async def read() -> dict[str, Any] | None:
-        async with connected(settings.postgres.for_role("reader")) as connection:
-            found = await commands.receipt(connection, wanted)
-            if found is None or found["command_id"] != str(wanted) or found["status"] != "inaccessible":
-                return found
-            return live(found, await residue.of_command(connection, wanted))
+    async def read(connection: Connection) -> dict[str, Any] | None:
+        found = await commands.receipt(connection, wanted)
+        if found is None or found["command_id"] != str(wanted) or found["status"] != "inaccessible":
+            return found
+        return live(found, await residue.of_command(connection, wanted))
 
-    found = run_async(read())
+    found = here.ask("reader", read)
     if found is None:
         fail(f"there is no receipt {wanted}, and none of a command with this id", Exit.FAILED)
-    cli(context).show(found)
+    here.show(found)

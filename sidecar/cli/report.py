@@ -2,12 +2,11 @@
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from sidecar.cli.context import Exit, cli, fail, run_async, say
-from sidecar.postgres.connection import connected
+from sidecar.cli.context import Exit, cli, fail, say
 from sidecar.report_page import render
 from sidecar.reports import SECTIONS, report
 
@@ -43,12 +42,7 @@ def show(
     start = _moment(from_, end - timedelta(days=DAYS), "--from")
     if start >= end:
         raise typer.BadParameter("the period ends before it begins", param_hint="--from")
-
-    async def read() -> dict[str, Any]:
-        async with connected(here.settings.postgres.for_role("control"), application_name="sidecar report") as connection:
-            return await report(connection, here.settings, tenant, start, end, now)
-
-    found = run_async(read())
+    found = here.ask("control", lambda connection: report(connection, here.settings, tenant, start, end, now))
     if html is not None:
         try:
             html.write_text(render(found), encoding="utf-8")

@@ -37,7 +37,8 @@ Key = Annotated[Path | None, typer.Option(help=f"The private key to sign with; e
 Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Send nothing: write the command there, for others to sign (`sidecar command`).")]
 
 
-def scope_of(tenant: str, stream: str | None, stream_class: str | None, subject: str | None) -> Scope:
+def scope_of(tenant: Tenant, stream: Stream = None, stream_class: Class = None, subject: Subject = None) -> Scope:
+    """What the options name; without any but `tenant` the tenant itself. Raises typer.BadParameter."""
     named = {ScopeKind.STREAM: stream, ScopeKind.CLASS: stream_class, ScopeKind.SUBJECT: subject}
     given = [(kind, text) for kind, text in named.items() if text is not None]
     if len(given) > 1:
@@ -92,15 +93,19 @@ class Sending:
 
 
 def sends(command: Callable[Concatenate[Sending, P], int]) -> Callable[..., int]:
-    """As typer sees it, `command` has the options of `Sending` behind its own, in place of its first parameter."""
-    shared, (_, *own) = signature(Sending).parameters, signature(command).parameters.values()
+    """As typer sees it, `command` has the options of `Sending` behind its own, in place of its first parameter, and those that name a scope in
+    place of one that is called `scope`."""
+    shared, naming, (_, *own) = signature(Sending).parameters, signature(scope_of).parameters, signature(command).parameters.values()
+    of_scope = any(parameter.name == "scope" for parameter in own)
 
     @wraps(command)
     def whole(**given: Any) -> int:
         sending = Sending(**{name: given.pop(name) for name in shared})
+        if of_scope:
+            given["scope"] = scope_of(**{name: given.pop(name) for name in naming})
         return command(sending, **given)  # type: ignore[call-arg]
 
-    both = [*own, *shared.values()]
+    both = [*(naming.values() if of_scope else ()), *(parameter for parameter in own if parameter.name != "scope"), *shared.values()]
     whole.__signature__ = Signature(both)  # type: ignore[attr-defined]
     whole.__annotations__ = {parameter.name: parameter.annotation for parameter in both}
     return whole

@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from sidecar.cli.context import Exit, cli, fail, run_async
+from sidecar.cli.context import Exit, cli, fail
 from sidecar.cli.sending import Key, Reason, RequestedBy, Sending, Ticket, Wait, scope_of
-from sidecar.postgres.connection import connected
+from sidecar.postgres.connection import Connection
 
 app = typer.Typer(help="Streams that are there already.", no_args_is_help=True)
 
@@ -25,12 +25,11 @@ def encrypt(
     """Seal the plain events of a class in place; `sidecar worker` does it. Run VACUUM on `messages` afterwards: until then their old rows are on disk."""
     here = cli(context)
 
-    async def tenants() -> list[str]:
-        async with connected(here.settings.postgres.for_role("reader"), application_name="sidecar cli") as connection:
-            rows = await connection.fetch("SELECT DISTINCT tenant_id FROM streams WHERE stream_type_class = $1 ORDER BY 1", stream_class)
+    async def tenants(connection: Connection) -> list[str]:
+        rows = await connection.fetch("SELECT DISTINCT tenant_id FROM streams WHERE stream_type_class = $1 ORDER BY 1", stream_class)
         return [row["tenant_id"] for row in rows]
 
-    names = [tenant] if tenant else run_async(tenants())
+    names = [tenant] if tenant else here.ask("reader", tenants)
     if not names:
         fail(f"there is no stream of class {stream_class}")
     sending = Sending(context=context, reason=reason, wait=wait, requested_by=requested_by, ticket=ticket, key=key)
