@@ -10,7 +10,7 @@ from typing import Any, Final
 import orjson
 
 from sidecar.core.blind_index import IndexKey, searched
-from sidecar.core.errors import ConfigurationError, KeyShredded, MalformedRecord, UnknownKey
+from sidecar.core.errors import ConfigurationError, MalformedRecord
 from sidecar.core.keys import TenantState
 from sidecar.core.view import guard_stripe
 from sidecar.keys import KeyManagement, dek_row, kek_row, open_dek
@@ -34,7 +34,7 @@ class Found:
 
 
 class BlindIndex:
-    """Reads as `EventStore` does: under the guard. Raises Unavailable, ConfigurationError for a field that no policy indexes."""
+    """Reads as `EventStore` does: under the guard. Raises Unavailable, UnknownKey, ConfigurationError for a field that no policy indexes."""
 
     def __init__(self, pool: Pool, keys: KeyManagement, ledger: LedgerGate) -> None:
         self._pool, self._keys, self._ledger = pool, keys, ledger
@@ -67,15 +67,16 @@ class BlindIndex:
         """-> the epoch, and every version of the index key as of it; none of a tenant that is gone or was never indexed."""
         async with transaction(self._pool) as connection:
             await self._ledger.check(connection)
+            epoch = await connection.fetchval("SELECT epoch FROM tenants WHERE tenant_id = $1", tenant)
             versions = await blind_index.keys(connection, tenant)
         rows = [row for row in await KeyStore(self._pool).tenants([tenant])]
         if not rows or rows[0]["state"] != TenantState.ACTIVE:
             return (rows[0]["epoch"] if rows else None), []
+        if rows[0]["epoch"] != epoch:
+            return -1, []  # the tenant changed in between: again
         keks = {row["kek_version"]: await self._keys.open_kek(kek_row(row)) for row in rows if row["kek_version"] is not None} if versions else {}
         try:
-            return rows[0]["epoch"], [open_dek(keks, dek_row(row)).into_index_key() for row in versions]
-        except (KeyShredded, UnknownKey):
-            return -1, []  # the tenant changed in between: again
+            return epoch, [open_dek(keks, dek_row(row)).into_index_key() for row in versions]
         finally:
             for kek in keks.values():
                 kek.destroy()

@@ -36,7 +36,7 @@ from sidecar.core.errors import (
 from sidecar.core.extract import subject_of
 from sidecar.core.fields import Fields, digest_lp, seal_document
 from sidecar.core.model import UNCLASSIFIED, Erased, Event, ScopeKind, identifier
-from sidecar.core.policy import Decision, Encrypt
+from sidecar.core.policy import Decision, Encrypt, Refuse
 from sidecar.core.store import (
     DEFAULT_TENANT,
     Aggregated,
@@ -53,9 +53,9 @@ from sidecar.core.store import (
 from sidecar.core.streams import SealingKey
 from sidecar.core.view import frame, library_attributes
 from sidecar.key_management import Held, KeyManagementService
-from sidecar.opening import Aead, BuildAad, CryptoProvider, Opener, aad_of, enc_of, extra_aad, of_stream
+from sidecar.opening import Aead, BuildAad, CryptoProvider, Opener, aad_of, enc_of, extra_aad, is_sealed, of_stream
 from sidecar.ports import EventStore
-from sidecar.postgres.errors import Moved
+from sidecar.postgres.errors import Moved, Overtaken
 from sidecar.postgres.event_store import PostgresEventStore, aggregate
 
 State = TypeVar("State")
@@ -111,7 +111,7 @@ class CryptoEventStore:
 
     def __init__(self, base: EventStore, keys: KeyManagementService, classify: Classify, crypto: CryptoProvider, build_aad: BuildAad | None) -> None:
         self.base, self._keys, self._classify, self._crypto, self._build_aad = base, keys, classify, crypto, build_aad
-        self._opener = Opener(keys, crypto, build_aad)
+        self._opener = Opener(keys, crypto, build_aad, envelopes=isinstance(base, PostgresEventStore))
         self._postgres = base if isinstance(base, PostgresEventStore) else None
         self._turns = [asyncio.Lock() for _ in range(TURNS)]
         """Appends to one stream take turns in this process: each would void the next one's sealing. Two streams rarely share a lock."""
@@ -156,14 +156,28 @@ class CryptoEventStore:
         """Seal and append until nobody was faster; other processes, and the sidecar, may be."""
         for attempt in range(ATTEMPTS):
             if held is None or attempt:
-                wanted = None if encryption is None else await self._wanted(encryption, tenant, named)
-                held = self._keys.in_hand(tenant, stream, wanted) or await self._keys.hold(tenant, stream, named, wanted)
+                held = await self._hold(stream, tenant, named, encryption)
+                if held is None:
+                    continue
+            if not attempt and held.stream.stream_class != named and not held.stream.head:
+                version = await self._version(stream, tenant, session)
+                if not version:
+                    self._keys.forget_stream(tenant, stream)  # an append that came to nothing named another class: this one's counts
+                    continue
+                if held.is_plain and session is None:
+                    held.stream.head = version
             if encryption is not None:
                 _check_override(encryption, held)
+            if held.is_plain and self._postgres is None and await self._was_sealed(stream, tenant, session):
+                if encryption is not None:
+                    raise AccessDenied("this stream is encrypted; an append cannot leave it plain")
+                encryption = EncryptionConfig()  # once encrypted, encrypted for good; of another store's streams our tables do not tell
+                continue
+            head = 0 if held.is_plain else await self._head(held, stream, tenant, expected_version, session)
             try:
                 if held.is_plain:
-                    return await self._append_plain(held, stream, events, tenant, named, expected_version, session)
-                return await self._append(held, stream, events, tenant, named, expected_version, session)
+                    return await self._append_plain(held, stream, events, tenant, expected_version, session)
+                return await self._append(held, stream, events, tenant, head, session)
             except Moved:
                 self._keys.forget(tenant)
             except MalformedRecord:  # or policy seals other fields by now
@@ -174,9 +188,10 @@ class CryptoEventStore:
                 self._keys.forget_stream(tenant, stream)
                 if not held.is_plain or attempt == ATTEMPTS - 1:
                     raise
-            except WrongVersion:
+            except WrongVersion as wrong:
                 self._keys.forget_stream(tenant, stream)
-                if expected_version is not Expected.ANY or attempt == ATTEMPTS - 1:
+                exists = expected_version is Expected.STREAM_EXISTS and (not held.is_plain or isinstance(wrong, Overtaken))  # but our head was old
+                if attempt == ATTEMPTS - 1 or not (exists or expected_version is Expected.ANY):
                     raise
             except Conflict as conflict:
                 # the data plane wrote in between, or somebody made the stream
@@ -185,44 +200,60 @@ class CryptoEventStore:
                     raise WrongVersion("somebody else wrote to the stream") from conflict
         raise WrongVersion("the stream is written to without a pause; try again")
 
-    async def _wanted(self, encryption: EncryptionConfig, tenant: str, named: str) -> Encrypt | None:
-        """What an override asks for: the policy's own key scope, and a suite."""
-        if not encryption.encrypt_stream:
+    async def _hold(self, stream: str, tenant: str, named: str, encryption: EncryptionConfig | None) -> Held | None:
+        """What the append needs, an override counted in. None: somebody made the stream meanwhile, and of another class; again."""
+        if encryption is None:
+            return self._keys.in_hand(tenant, stream) or await self._keys.hold(tenant, stream, named)
+        stream_class = await self._keys.class_of(tenant, stream) or named
+        wanted = await self._wanted(encryption, tenant, stream_class)
+        held = self._keys.in_hand(tenant, stream, wanted) or await self._keys.hold(tenant, stream, named, wanted)
+        return held if held.stream.stream_class == stream_class else None
+
+    async def _wanted(self, encryption: EncryptionConfig, tenant: str, stream_class: str) -> Encrypt | None:
+        """What an override asks for: the policy's own key scope, and a suite. None where it has no say: policy refuses."""
+        decision = (await self._keys.policies()).decide(tenant, stream_class)
+        if not encryption.encrypt_stream or isinstance(decision, Refuse):
             return None
-        decision = (await self._keys.policies()).decide(tenant, named)
         base = decision if isinstance(decision, Encrypt) else Encrypt(Suite.AES_256_GCM, ScopeKind.STREAM)
         if encryption.fields is not None:
             base = replace(base, fields=_overridden(decision, encryption.fields))
         return base if encryption.algorithm is None else replace(base, suite=Suite.from_label(encryption.algorithm))
 
+    async def _version(self, stream: str, tenant: str, session: Any) -> int:
+        return (await self.base.read_stream(stream, tenant=tenant, max_count=0, session=session)).version
+
+    async def _was_sealed(self, stream: str, tenant: str, session: Any) -> bool:
+        version = await self._version(stream, tenant, session)
+        last = (await self.base.read_stream(stream, tenant=tenant, from_position=version, session=session)).events if version else ()
+        return any(isinstance(event, Event) and is_sealed(event) for event in last)
+
     def _append_plain(
-        self, held: Held, stream: str, events: Sequence[NewEvent], tenant: str, named: str, expected: ExpectedVersion, session: Any
+        self, held: Held, stream: str, events: Sequence[NewEvent], tenant: str, expected: ExpectedVersion, session: Any
     ) -> Awaitable[Appended]:
         if self._postgres is None:
-            return self._append_guarded(held, stream, events, tenant, named, expected, session)
+            return self._append_guarded(held, stream, events, tenant, expected, session)
         return self._postgres.append_to_stream(
-            stream, events, tenant=tenant, stream_class=named, expected_version=expected, session=session, sealed_for=held.as_of
+            stream, events, tenant=tenant, stream_class=held.stream.stream_class, expected_version=expected, session=session, sealed_for=held.as_of
         )
 
     async def _append_guarded(
-        self, held: Held, stream: str, events: Sequence[NewEvent], tenant: str, named: str, expected: ExpectedVersion, session: Any
+        self, held: Held, stream: str, events: Sequence[NewEvent], tenant: str, expected: ExpectedVersion, session: Any
     ) -> Appended:
         """To a store that cannot check by itself that the tenant is as it was."""
         used = set() if held.is_plain else {(event.metadata["enc"]["keyId"], event.metadata["enc"]["keyVersion"]) for event in events}
-        async with self._keys.verified(tenant, held.as_of, used, held.stream.stream_class):
+        named = held.stream.stream_class
+        async with self._keys.verified(tenant, held.as_of, used, named):
             return await self.base.append_to_stream(stream, events, tenant=tenant, stream_class=named, expected_version=expected, session=session)
 
-    async def _append(
-        self, held: Held, stream: str, events: Sequence[NewEvent], tenant: str, named: str, expected: ExpectedVersion, session: Any
-    ) -> Appended:
-        head = await self._head(held, stream, tenant, expected, session)
+    async def _append(self, held: Held, stream: str, events: Sequence[NewEvent], tenant: str, head: int, session: Any) -> Appended:
         sealed, key = await self._seal(held, stream, events, head)
         if self._postgres is None:
-            return await self._append_guarded(held, stream, [_as_new(event) for event in sealed], tenant, named, head, session)
+            return await self._append_guarded(held, stream, [_as_new(event) for event in sealed], tenant, head, session)
         noted = key is not None and key is held.stream.noted and head == held.stream.head  # nobody wrote since, so nobody noted another
         done = await self._postgres.append_to_stream(
-            stream, sealed, tenant=tenant, stream_class=named, expected_version=head, session=session, sealed_for=held.as_of, noted=noted
-        )
+            stream, sealed, tenant=tenant, stream_class=held.stream.stream_class, expected_version=head, session=session, sealed_for=held.as_of,
+            noted=noted,
+        )  # fmt: skip
         if session is None:  # else it may be rolled back
             held.stream.head, held.stream.noted = done.last, key
         return done
@@ -231,10 +262,9 @@ class CryptoEventStore:
         """The version to seal for. What is remembered may be old: then the append finds out, and it is read again."""
         if not isinstance(expected, Expected):
             return expected
-        if session is not None or self._postgres is None:
-            head = (await self.base.read_stream(stream, tenant=tenant, max_count=0, session=session)).version
-        else:
-            head = held.stream.head
+        head = held.stream.head
+        if session is not None or self._postgres is None or (expected is Expected.STREAM_EXISTS and not head):
+            head = await self._version(stream, tenant, session)
         if (expected is Expected.NO_STREAM and head) or (expected is Expected.STREAM_EXISTS and not head):
             raise WrongVersion(f"the stream is at {head}")
         return head

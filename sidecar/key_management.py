@@ -14,7 +14,7 @@ from uuid import UUID
 
 from sidecar.clean_up import CleanUp
 from sidecar.core.aead import Cipher, Suite
-from sidecar.core.blind_index import IndexKey
+from sidecar.core.blind_index import SCOPE_ID, IndexKey
 from sidecar.core.envelope import Header
 from sidecar.core.errors import CommandRejected, Conflict, KeyUnavailable, RecordRefused, StoreUnavailable, UnknownKey
 from sidecar.core.keys import Keys, UseLimits
@@ -122,6 +122,15 @@ class KeyManagementService:
             held.streams.pop(stream.encode(), None)
             held.aged.pop(stream.encode(), None)
 
+    async def class_of(self, tenant: str, stream: str) -> str | None:
+        """As it is in hand, else as the stream's first event fixed it; None for a stream that is not known."""
+        held = self._streams.tenants.get(tenant.encode())
+        found = held and self._streams.find(held, stream.encode())
+        if found:
+            return found.stream_class
+        rows = await self._store.fetch("SELECT stream_type_class FROM streams WHERE tenant_id = $1 AND stream_id = $2", tenant, stream)
+        return rows[0]["stream_type_class"] if rows else None
+
     def in_hand(self, tenant: str, stream: str, wanted: Encrypt | None = None, *, text: bool = False) -> Held | None:
         """Without I/O: what an append needs, if it is warm. `wanted` is an override; else policy says which suite seals.
 
@@ -184,12 +193,10 @@ class KeyManagementService:
         return sum(found.outcome == "destroyed" for found in cleaned)
 
     async def is_forgettable(self, scope: Scope) -> bool:
-        """No hold stands in the way of a shred, and no key of the scope is needed by others."""
+        """The tenant is known, no hold stands in the way of a shred, and no key of the scope is needed by others."""
         async with transaction(self._pool) as connection:
-            if await holds.overlapping(connection, scope):
+            if await tenants.find(connection, scope.tenant) is None or await holds.overlapping(connection, scope):
                 return False
-            if scope.kind is ScopeKind.TENANT:
-                return await tenants.find(connection, scope.tenant) is not None
             try:
                 await shreds.refuse_shared(connection, scope)
             except CommandRejected:
@@ -223,11 +230,18 @@ class KeyManagementService:
                 needs[key] = needs.get(key, 0) + 1
                 more[key] = more.get(key, 0) + count
             self._streams.make_room(needs, fresh, more)
-        return [self._key_of(held, name) for name in persons]
+            out = [self._key_of(held, name) for name in persons]
+            made = {(row.name.scope.tenant, row.name.key_id, row.name.version) for row in fresh.deks}
+            room = {key: key.left for key in out if key.ref in made}
+            for key in room:
+                key.left = 0  # nobody else seals with it before it is on record
+        for key, left in room.items():
+            key.left = left
+        return out
 
     async def index_key(self, held: Held) -> IndexKey:
         """Of the tenant's blind index. Use it before the next await: it is wiped when the tenant is forgotten."""
-        if held.tenant.index_key is None:
+        if held.tenant.index_key is None or self._making.locked():  # or it is not on record yet
             async with self._made(held.tenant) as fresh:
                 self._still_in_hand(held.tenant)
                 await self._streams.index_key(held.tenant, fresh)
@@ -244,6 +258,7 @@ class KeyManagementService:
         """What a block makes is on record at its end; or else it is nobody's key, and the tenant is forgotten. One block at a time."""
         async with self._making:
             fresh = Fresh()
+            self._streams.age()
             try:
                 yield fresh
                 await self._record(tenant, fresh)
@@ -422,6 +437,8 @@ class KeyManagementService:
         rows = await self._store.keys({(tenant, key.key_id, key.key_version)})
         if not rows:
             raise UnknownKey
+        if rows[0]["scope_id"] == SCOPE_ID:
+            raise CommandRejected("shared_key", "the key of the blind index is of all the tenant's classes: it goes with the tenant")
         return Scope(tenant=tenant, kind=ScopeKind(rows[0]["scope_kind"]), id=rows[0]["scope_id"])
 
 

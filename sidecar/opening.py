@@ -64,15 +64,16 @@ class Aead:
 class Opener:
     """Opens events that a store gives unopened."""
 
-    def __init__(self, keys: KeyManagementService, crypto: CryptoProvider, build_aad: BuildAad | None) -> None:
-        self._keys, self._crypto, self._build_aad = keys, crypto, build_aad
+    def __init__(self, keys: KeyManagementService, crypto: CryptoProvider, build_aad: BuildAad | None, *, envelopes: bool) -> None:
+        """`envelopes`: the store keeps them as such, and an application's own metadata `enc` say nothing."""
+        self._keys, self._crypto, self._build_aad, self._envelopes = keys, crypto, build_aad, envelopes
 
     async def open(self, events: Sequence[Event]) -> Sequence[Event | Erased | RecordError]:
         """An answer per event, in order; under the guard. Raises Unavailable, and UnknownKey: neither says that anything is erased."""
         by_tenant: dict[str, list[int]] = {}
         out: list[Event | Erased | RecordError] = list(events)
         for number, event in enumerate(events):
-            if "enc" in event.metadata and (event.sealed is not None or "document" in event.metadata["enc"] or _looks_sealed(event)):
+            if event.sealed is not None or (not self._envelopes and is_sealed(event)):
                 by_tenant.setdefault(event.tenant, []).append(number)
         for tenant, numbers in by_tenant.items():
             for number, answer in zip(numbers, await self._open_all(tenant, [events[n] for n in numbers]), strict=True):
@@ -157,9 +158,10 @@ def _header(prefix: bytes) -> Header | None:
         return None
 
 
-def _looks_sealed(event: Event) -> bool:
-    data: Any = event.data
-    return isinstance(data, str) and data.startswith(TEXT_PREFIX)
+def is_sealed(event: Event) -> bool:
+    """In a store that knows no envelopes: by what the decorator put beside the data."""
+    enc, data = event.metadata.get("enc"), cast(Any, event.data)
+    return isinstance(enc, dict) and ("document" in enc or (isinstance(data, str) and data.startswith(TEXT_PREFIX)))
 
 
 def _envelope(event: Event) -> bytes | RecordError:

@@ -16,7 +16,7 @@ from sidecar.core.envelope import EVENT_DOMAIN, Header
 from sidecar.core.errors import KeyExhausted, KeyUnavailable
 from sidecar.core.keys import SUBJECTS_PER_BLOCK, DekRow, Kek, TenantState, UseLimits
 from sidecar.core.model import Scope, ScopeKind
-from sidecar.core.policy import Decision, Encrypt, PolicySet, Refuse
+from sidecar.core.policy import Decision, Encrypt, Plain, PolicySet, Refuse
 from sidecar.core.streams import Fresh, KeyRef, SealingKey, Stream, Subject, Tenant, Touch
 from sidecar.keys import KeyManagement, dek_row, kek_row, make_dek, open_dek
 from sidecar.postgres.keystore import KeyStore
@@ -132,7 +132,7 @@ class Streams:
         known = row["stream_type_class"]
         stream_class = known or touch.stream_class
         decision = policies.decide(touch.tenant.id, stream_class)
-        if row["is_encrypted"] and not isinstance(decision, Encrypt):
+        if row["is_encrypted"] and isinstance(decision, Plain):
             decision = Encrypt(Suite.AES_256_GCM, ScopeKind.STREAM)  # once encrypted, encrypted for good
         if row["own_key"] and isinstance(decision, Encrypt) and decision.key_scope in (ScopeKind.CLASS, ScopeKind.TENANT):
             decision = Encrypt(decision.suite, ScopeKind.STREAM, fields=decision.fields)

@@ -128,9 +128,21 @@ def encode(data: Any) -> tuple[bytes | None, str]:
     if isinstance(data, bytes | bytearray | memoryview):
         return bytes(data), "json" if isinstance(data, Json) else "bytes"
     try:
-        return orjson.dumps(data), "json"
+        value = orjson.dumps(data)
     except TypeError:
         raise MalformedRecord("an event's data is bytes, or what JSON can hold") from None
+    if b"null" in value and _has_no_number(orjson.loads(value), data):
+        raise MalformedRecord("an event's data is bytes, or what JSON can hold: NaN and Infinity are not")
+    return value, "json"
+
+
+def _has_no_number(read: Any, given: Any) -> bool:
+    """orjson writes null for NaN and for Infinity."""
+    if read is None:
+        return isinstance(given, float)
+    if isinstance(read, list):
+        return isinstance(given, list | tuple) and any(map(_has_no_number, read, given))
+    return isinstance(read, dict) and isinstance(given, dict) and any(_has_no_number(read[name], value) for name, value in given.items())
 
 
 def as_number(expected: ExpectedVersion) -> int:

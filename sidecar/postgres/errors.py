@@ -22,6 +22,10 @@ class Moved(Conflict):
     """The tenant's epoch or the policies are not those that the events were sealed with: reload the keys, seal again."""
 
 
+class Overtaken(WrongVersion):
+    """The data plane went beyond the version that is on the stream's record."""
+
+
 class Foretold(StoreUnavailable):
     """The ledger has entries of a scope whose name is new to this database: the control plane must apply them first."""
 
@@ -68,6 +72,8 @@ def translate(error: BaseException) -> SidecarError | None:
         return _OURS[state](error)
     if isinstance(error, _CONFLICT):
         constraint = getattr(error, "constraint_name", None)
+        if constraint == "messages_pkey":
+            return Overtaken()
         return Conflict(f"Postgres: {name}{f' on {constraint}' if constraint else ''}")
     if isinstance(error, asyncpg.InsufficientPrivilegeError):
         denied = re.match(r"permission denied for \w+ \w+$|must be owner of \w+ \w+$", str(error))

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, TypeVar, cast
 from uuid import uuid4
 
-from sidecar.core.errors import AuthenticationFailed, Conflict, MalformedRecord, RecordError, StreamErased, WrongVersion
+from sidecar.core.errors import AuthenticationFailed, Conflict, MalformedRecord, RecordError, StreamErased
 from sidecar.core.model import UNCLASSIFIED, Erased, Event, Scope, ScopeKind, identifier, tenant_id
 from sidecar.core.store import (
     DEFAULT_TENANT,
@@ -31,7 +31,7 @@ from sidecar.core.store import (
 from sidecar.core.view import guard_stripe, library_attributes, parse_attributes
 from sidecar.postgres import blind_index, replays
 from sidecar.postgres.connection import Connection, Pool, transaction
-from sidecar.postgres.errors import Foretold, mapped
+from sidecar.postgres.errors import Foretold, Overtaken, mapped
 
 State = TypeVar("State")
 ATTEMPTS: Final = 20
@@ -108,13 +108,11 @@ class PostgresEventStore:
         for attempt in range(ATTEMPTS):
             try:
                 return await self._append(arguments, session, tokens)
-            except WrongVersion:
-                raise
             except Foretold:
                 await self._ask_the_ledger(tenant, stream, stream_class or UNCLASSIFIED)
                 raise
             except Conflict as conflict:
-                again = type(conflict) is Conflict and session is None and arguments[4] < 0 and sealed_for is None
+                again = type(conflict) in (Conflict, Overtaken) and session is None and arguments[4] < 0 and sealed_for is None
                 if not again or attempt == ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")

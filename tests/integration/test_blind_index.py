@@ -1,5 +1,6 @@
 """Search by an encrypted field's value, against the real database: who is found, who is not, and what a rotation, another KEK or a policy changes."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -7,8 +8,9 @@ import pytest
 
 from sidecar import Library, NewEvent, PolicySpec
 from sidecar.blind_index import Found
-from sidecar.core.errors import ConfigurationError, MalformedRecord, WrongVersion
+from sidecar.core.errors import CommandRejected, ConfigurationError, MalformedRecord, UnknownKey, WrongVersion
 from sidecar.core.model import Scope, ScopeKind
+from sidecar.key_management import KeyName
 from sidecar.keys import kek_row
 from sidecar.postgres import blind_index
 from sidecar.postgres.connection import transaction
@@ -138,3 +140,33 @@ async def test_rows_are_removed_in_chunks_of_the_scope_alone_and_only_where_the_
         assert counts == ([2, 2, 2, 0] if kind is ScopeKind.TENANT else [2, 2, 1, 0, 0])
         left = await connection.fetchval("SELECT count(*) FROM blind_index")
     assert left == (0 if kind is ScopeKind.TENANT else 1)
+
+
+async def test_no_row_outlives_its_event(library: Library) -> None:
+    """Of what retention deleted a shred would find no row."""
+    await append(library, "p-1", {"email": "jane"}, {"email": "joan"})
+    await library.plain.pool.execute("DELETE FROM messages WHERE stream_position = 1")
+    assert [row["stream_position"] for row in await library.plain.pool.fetch("SELECT stream_position FROM blind_index")] == [2]
+
+
+async def test_an_index_key_that_cannot_be_opened_is_an_error_and_no_endless_search(library: Library) -> None:
+    await append(library, "p-1", {"email": "jane"})
+    await library.plain.pool.execute("UPDATE encryption_keys SET kek_version = 9 WHERE scope_id = '#blind-index'")
+    async with asyncio.timeout(20):
+        with pytest.raises(UnknownKey):
+            await found(library, "jane")
+
+
+async def test_the_key_of_the_index_is_not_destroyed_alone(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its scope is the tenant: the command would be the tenant's shred."""
+    sent: list[Any] = []
+
+    async def send(*command: Any) -> Any:
+        sent.append(command)
+
+    await append(library, "p-1", {"email": "jane"})
+    [row] = await library.plain.pool.fetch("SELECT key_id, key_version FROM encryption_keys WHERE scope_id = '#blind-index'")
+    monkeypatch.setattr(library.keys, "_send", send)
+    with pytest.raises(CommandRejected):
+        await library.keys.destroy("acme", KeyName(key_id=row["key_id"], key_version=row["key_version"]), reason="a test")
+    assert sent == []

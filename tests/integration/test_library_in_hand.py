@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sidecar import EncryptionConfig, Library, NewEvent, PolicySpec, open_library
+from sidecar import EncryptionConfig, Expected, Library, NewEvent, PolicySpec, WrongVersion, open_library
 from sidecar.core.errors import AuthenticationFailed, KeyShredded, KmsUnavailable, LedgerBehind, MalformedRecord, RecordRefused, StoreUnavailable
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.postgres import shreds, tenants
@@ -229,3 +229,71 @@ async def test_a_server_that_took_anothers_place_is_not_served_also_where_all_is
                 except StoreUnavailable:  # a connection that ended
                     continue
                 raise AssertionError("stored in a database that may be older than the ledger")
+
+
+async def test_nobody_seals_with_a_key_that_is_not_on_record_yet(settings: Settings, other: Library) -> None:
+    """Two streams share a key that is used up; who makes its successor is cancelled while that is written."""
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    limits = settings.limits.model_copy(update={"soft_uses": 4, "uses_block": 2})
+    async with (
+        open_library(settings.model_copy(update={"limits": limits}), writer="library-test") as library,
+        connected(settings.postgres.for_role("data")) as stands,
+    ):
+        await other.policies.create_policy(PolicySpec.model_validate({"class": "Person", "key_scope": "class"}), actor="ann", reason="r")
+        for stream in ("person-1", "person-1", "person-2", "person-2"):
+            await append(library, stream)
+        async with stands.transaction():
+            await stands.execute("SELECT FROM encryption_keys WHERE scope_kind = 'class' FOR UPDATE")
+            first, second = (asyncio.create_task(append(library, stream)) for stream in ("person-1", "person-2"))
+            async with asyncio.timeout(30):
+                while not await stands.fetchval(waiting):  # noqa: ASYNC110 (Postgres says when)
+                    await asyncio.sleep(0.02)
+            await asyncio.wait([second], timeout=0.5)
+            first.cancel()
+            await asyncio.wait([first])
+        await second
+    assert (await other.store.read_stream("person-2", tenant="acme")).version == 3
+
+
+async def test_what_only_has_to_exist_is_appended_to_whatever_its_version_is_by_now(library: Library, other: Library) -> None:
+    for stream in ("user-1", "cart-1"):
+        with pytest.raises(WrongVersion):
+            await append(library, stream, expected_version=Expected.STREAM_EXISTS)
+        await append(other, stream)
+        await append(library, stream, expected_version=Expected.STREAM_EXISTS)
+        await append(other, stream)
+        await append(library, stream, expected_version=Expected.STREAM_EXISTS)
+        assert (await library.store.read_stream(stream, tenant="acme")).version == 4
+
+
+async def test_a_version_that_the_data_plane_went_beyond_is_a_wrong_version(library: Library) -> None:
+    """It writes rows before the position on the stream's record."""
+    for stream in ("user-1", "cart-1"):
+        await append(library, stream)
+        await append(library, stream)
+    await sql(library, "UPDATE streams SET position = 1")
+    with pytest.raises(WrongVersion):
+        await library.plain.append_to_stream("cart-1", [EVENT], tenant="acme", expected_version=1)
+    for stream in ("user-1", "cart-1"):
+        with pytest.raises(WrongVersion, match="went beyond"):
+            await append(library, stream, expected_version=1)
+        await append(library, stream)
+        assert (await library.store.read_stream(stream, tenant="acme")).version == 3
+
+
+async def test_persons_in_hand_are_bounded(library: Library) -> None:
+    """Also where no stream is loaded any more."""
+    await library.policies.create_policy(PolicySpec.model_validate({"class": "Person", "key_scope": "subject"}), actor="ann", reason="r")
+    library.keys._streams._max = 5
+    for number in range(30):
+        event = NewEvent(type="T", data="x", subject=f"p{number}")
+        await library.store.append_to_stream("person-1", [event], tenant="acme")
+    assert library.keys._streams.ciphers() <= 15
+
+
+async def test_what_can_be_forgotten_is_of_a_tenant_that_is_known(library: Library) -> None:
+    for stream in (None, "user-1"):
+        assert not await library.shredding.is_data_forgettable("acme", stream)
+    await append(library, "user-1")
+    for stream in (None, "user-1", "user-2"):
+        assert await library.shredding.is_data_forgettable("acme", stream)

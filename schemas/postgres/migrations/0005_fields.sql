@@ -11,3 +11,10 @@ CREATE TABLE blind_index (                       -- which events hold a value: a
   PRIMARY KEY (tenant_id, token, stream_id, stream_position)
 );
 CREATE INDEX blind_index_event ON blind_index (tenant_id, stream_id, stream_position);   -- a shred removes by event
+-- No row outlives its event, whoever deletes that: a shred finds a row by its event's key.
+CREATE FUNCTION forget_values() RETURNS TRIGGER LANGUAGE plpgsql AS $$
+BEGIN
+  DELETE FROM blind_index b USING gone g WHERE b.tenant_id = g.tenant_id AND b.stream_id = g.stream_id AND b.stream_position = g.stream_position;
+  RETURN NULL;
+END $$;
+CREATE TRIGGER forget_values AFTER DELETE ON messages REFERENCING OLD TABLE AS gone FOR EACH STATEMENT EXECUTE FUNCTION forget_values();
