@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from aiohttp import web
 
-from sidecar import policies, telemetry, topics
+from sidecar import policies, probes, telemetry, topics
 from sidecar.core.errors import ConfigurationError, StoreUnavailable
 from sidecar.core.policy import Classifier
 from sidecar.event_store import Ciphers
@@ -124,7 +124,7 @@ async def run_data_plane(settings: Settings, instance_id: str) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
     plane = await compose(settings, instance_id)
-    http = await telemetry.start_http(settings.http, ready=lambda: plane.pipeline.ready)
+    http = await probes.serve(settings.http, ready=lambda: plane.pipeline.ready)
     announce = asyncio.create_task(_announce(plane.pipeline, http))
     try:
         await plane.run(stop)
@@ -138,7 +138,7 @@ async def run_data_plane(settings: Settings, instance_id: str) -> None:
 
 async def _announce(pipeline: Pipeline, http: web.AppRunner) -> None:
     await pipeline.serving.wait()
-    telemetry.say_ready(http)
+    probes.say_ready(http)
 
 
 async def prepare(settings: Settings, admin: Admin) -> tuple[list[View], int]:

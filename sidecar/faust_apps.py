@@ -20,7 +20,7 @@ import faust
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread
 from faust.transport.drivers.aiokafka import Consumer as FaustConsumer
 
-from sidecar import telemetry
+from sidecar import probes, telemetry
 from sidecar.control import ControlPlane
 from sidecar.core.errors import Unavailable
 from sidecar.inbox import Backoff, ControlRecord
@@ -235,7 +235,7 @@ async def _serve(
     close: Callable[[], Awaitable[None]], *, http: bool = True,
 ) -> None:  # fmt: skip
     """`main` beside the probes, until it ends or it is time to stop."""
-    runner = await telemetry.start_http(settings.http, ready=ready) if http else None
+    runner = await probes.serve(settings.http, ready=ready) if http else None
     work = asyncio.create_task(main)
     stop = asyncio.create_task(stopping.wait())
     announce = asyncio.create_task(_announce(ready, runner))
@@ -273,4 +273,4 @@ async def _opened(open_it: Callable[[], Awaitable[None]], who: str) -> None:
 async def _announce(ready: Any, runner: Any) -> None:
     while not ready()[0]:  # noqa: ASYNC110 (several parties have a say in it)
         await asyncio.sleep(0.02)
-    telemetry.say_ready(runner)
+    probes.say_ready(runner)

@@ -1,6 +1,7 @@
 """The command line: one file per noun, assembled here. `--config` and `-o` may stand anywhere in a command."""
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -20,11 +21,15 @@ app = typer.Typer(
     epilog="--config FILE and -o table|json may stand anywhere. Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 not allowed, 4 pending.",
 )
 
-# group name -> module with `app`; a module of the first kind adds its commands to the top level
-_TOP_LEVEL = ("init", "run", "status", "publish", "commands", "report", "importing")
+# module -> the commands that it adds to the top level; group -> the module of that name, with its `app`
+_TOP_LEVEL = {
+    "init": ("init",), "run": ("run", "control", "worker"), "status": ("status",), "publish": ("publish", "subscribe"),
+    "commands": ("rotate", "shred", "hold", "release", "readmit", "reencrypt"), "report": ("report",), "importing": ("import",),
+}  # fmt: skip
 _GROUPS = (
     "dev", "db", "config", "topics", "policy", "events", "keys", "kms", "issuer", "command", "holds", "receipts", "evidence", "audit", "ledger", "dlq", "jobs", "streams",
 )  # fmt: skip
+_COMMON = ("--config", "-o", "--output")
 
 
 @app.callback()
@@ -39,11 +44,17 @@ def _options(
     context.obj = Cli(config=config, output=output)
 
 
-def _assemble() -> None:
-    for name in _TOP_LEVEL:
-        import_module(f"sidecar.cli.{name}").add_to(app)
+def _assemble(words: Sequence[str] = ()) -> None:
+    """Of commands that are known by their first word, only what they need: the rest would take longer to load than they take to run."""
+    values = {at + 1 for at, word in enumerate(words) if word in _COMMON}
+    noun = next((word for at, word in enumerate(words) if at not in values and not word.startswith("-")), None)
+    known = noun in _GROUPS or any(noun in commands for commands in _TOP_LEVEL.values())
+    for name, commands in _TOP_LEVEL.items():
+        if not known or noun in commands:
+            import_module(f"sidecar.cli.{name}").add_to(app)
     for name in _GROUPS:
-        app.add_typer(import_module(f"sidecar.cli.{name}").app, name=name)
+        if not known or noun == name:
+            app.add_typer(import_module(f"sidecar.cli.{name}").app, name=name)
 
 
 def _hoist(arguments: list[str]) -> list[str]:
@@ -57,7 +68,7 @@ def _hoist(arguments: list[str]) -> list[str]:
     for word in waiting:
         if word == "--":
             return [*front, *rest, word, *waiting]
-        if word in ("--config", "-o", "--output"):
+        if word in _COMMON:
             value = next(waiting, None)
             own = word == "--output" and value not in (None, "table", "json")
             (rest if own else front).extend([word] if value is None else [word, value])
@@ -70,8 +81,8 @@ def _hoist(arguments: list[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The console script."""
-    _assemble()
     words = _hoist(sys.argv[1:] if arguments is None else arguments)
+    _assemble(words)
     code: int = Exit.DONE
 
     def call() -> None:
