@@ -69,7 +69,7 @@ class CleanUp:
             destroyed = await unused_keys.destroy(connection, tenant, before, versions)
             if destroyed:
                 await self._next_epoch(connection, tenant)
-                keys = Keys(fingerprints=[v.fingerprint for v in destroyed], names=[f"{v.key_id}/{v.key_version}" for v in destroyed])
+                keys = Keys.of([f"{v.key_id}/{v.key_version}" for v in destroyed], [v.fingerprint for v in destroyed])
                 await audit.append(
                     connection, writer=WRITER, at=self._clock.now(), action="keys.clean_up", actor=actor, tenant=tenant, details=keys.in_audit()
                 )

@@ -54,7 +54,7 @@ async def _destroy(steps: Steps, command_id: UUID, scope: Scope, actor: str) -> 
         await tenants.lock(connection, scope.tenant)
         await refuse_held(connection, scope)
         keys = await quarantine.destroy(connection, command_id)
-        if keys.names:  # else a kill came between this and the record of it, or a later shred went first
+        if keys.count:  # else a kill came between this and the record of it, or a later shred went first
             await steps.note(connection, command_id, scope, f"{scope.kind}.destroy", actor, keys.in_audit())
 
 

@@ -419,7 +419,7 @@ class KeyManagementService:
             await tenants.next_epoch(connection, scope.tenant, shredding=False)
             await audit.append(
                 connection, writer=self._writer, at=self._clock.now(), action="keys.rotate", actor=actor, tenant=scope.tenant,
-                details=Keys(names=names).in_audit(),
+                details=Keys.of(names).in_audit(),
             )  # fmt: skip
         return names
 

@@ -39,7 +39,7 @@ class Readmission:
             await replays.adopt(connection, scope)
             await self._refuse(connection, tenant, scope)
             undone: list[UUID | None] = [None]
-            generation, keys, act = tenant.generation, Keys(), "readmit"
+            generation, keys, act = tenant.generation, Keys.of(), "readmit"
             if command.restore:
                 found = await quarantine.commands_of(connection, scope)
                 keys, act = await grace.restore(connection, scope, steps.clock.now()), "restore"

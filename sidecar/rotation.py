@@ -43,7 +43,7 @@ class Rotation:
             if not names:
                 return None  # others hold them all
             so_far = _so_far(job) + len(names)
-            await self._steps.audited(connection, command, "keys.rotate", Keys(names=names), so_far=so_far)
+            await self._steps.audited(connection, command, "keys.rotate", Keys.of(names), so_far=so_far)
             return await commands.advance(connection, job, "marking", {"since": since, "keys": {"count": so_far}})
 
     async def _mark(self, job: Job, command: Command) -> Job:
@@ -56,7 +56,7 @@ class Rotation:
             names = await rotations.retire(connection, scope, command.older_than or (since and datetime.fromisoformat(since)))
             await tenants.next_epoch(connection, scope.tenant, shredding=False)
             facts: dict[str, Any] = {"keys": {"count": _so_far(job) + len(names)}, **self._steps.terminated(scope.tenant)}
-            facts |= await self._steps.audited(connection, command, "keys.rotate", Keys(names=names))
+            facts |= await self._steps.audited(connection, command, "keys.rotate", Keys.of(names))
             marked = await commands.advance(connection, job, "marked", facts)
         self._steps.settled(scope.tenant)
         return marked

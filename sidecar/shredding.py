@@ -120,7 +120,7 @@ class Shredding:
                 ends = await self._source_ends(connection)
                 keys = await shreds.take_keys(connection, scope, command.command_id, kept_until)
             else:
-                tenant, ends, keys = await tenants.lock(connection, scope.tenant), await self._source_ends(connection), Keys()
+                tenant, ends, keys = await tenants.lock(connection, scope.tenant), await self._source_ends(connection), Keys.of()
             taken = emptied or keys.on_receipt()
             await shreds.record_barriers(connection, command.command_id, scope.tenant, ends)
             await tenants.next_epoch(connection, scope.tenant, shredding=scope.kind is ScopeKind.TENANT)

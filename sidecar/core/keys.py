@@ -12,6 +12,7 @@ The lifecycle, drawn in docs from this table:
     active → destroyed   shred         destroyed → anything  never
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
@@ -213,20 +214,30 @@ class DekRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keys:
-    """Which keys were destroyed (or marked), by fingerprint and by name."""
+    """Which keys were destroyed (or marked): how many, and digests over their fingerprints and names; of very many not the names themselves."""
 
-    fingerprints: list[bytes] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
+    count: int
+    fingerprints_sha256: str
+    names_sha256: str
+    names: list[str]
+    """All of them, in order, or the first NAMED_AT_MOST."""
+
+    @classmethod
+    def of(cls, names: Iterable[str] = (), fingerprints: Iterable[bytes] = ()) -> "Keys":
+        ordered = sorted(names)
+        return cls(
+            count=len(ordered),
+            fingerprints_sha256=sha256(b"".join(sorted(fingerprints))).hexdigest(),
+            names_sha256=sha256("\n".join(ordered).encode()).hexdigest(),
+            names=ordered[:NAMED_AT_MOST],
+        )
 
     def on_receipt(self) -> dict[str, Any]:
-        return {"count": len(self.fingerprints), "fingerprints_sha256": sha256(b"".join(sorted(self.fingerprints))).hexdigest()}
+        return {"count": self.count, "fingerprints_sha256": self.fingerprints_sha256}
 
     def in_audit(self) -> dict[str, Any]:
         """All names, or where they are too many for one row, their count and a digest over them."""
-        names = sorted(self.names)
-        if len(names) <= NAMED_AT_MOST:
-            return {"count": len(names), "keys": names}
-        return {"count": len(names), "keys_sha256": sha256("\n".join(names).encode()).hexdigest()}
+        return {"count": self.count} | ({"keys": self.names} if self.count <= NAMED_AT_MOST else {"keys_sha256": self.names_sha256})
 
 
 def kek_context(tenant: str, generation: int, version: int) -> bytes:

@@ -1,25 +1,26 @@
 """Keys in quarantine, as SQL; in the caller's transaction, with the tenant's row locked. How they come in: `shreds.take_keys`."""
 
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 from sidecar.core.keys import Keys
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
+from sidecar.postgres.scopes import which_keys
 
-_DESTROY_KEKS = """
-WITH gone AS (DELETE FROM quarantined_keys WHERE command_id = $1 AND key_id IS NULL RETURNING *)
-UPDATE tenant_keys k SET state = 'destroyed', destroyed_at = now() FROM gone q
-WHERE (k.tenant_id, k.generation, k.kek_version) = (q.tenant_id, q.generation, q.kek_version) AND k.wrapped IS NULL
-RETURNING k.fingerprint, 'kek/' || k.generation || '/' || k.kek_version AS name"""
-
-_DESTROY_DEKS = """
-WITH gone AS (DELETE FROM quarantined_keys WHERE command_id = $1 AND key_id IS NOT NULL RETURNING *)
-UPDATE encryption_keys k SET is_destroyed = true, destroyed_at = now() FROM gone q
-WHERE (k.tenant_id, k.key_id, k.key_version) = (q.tenant_id, q.key_id, q.key_version) AND k.key_material IS NULL
-RETURNING sha256(k.commitment) AS fingerprint, k.key_id || '/' || k.key_version AS name"""
+_DESTROY = """
+of_tenant AS (DELETE FROM quarantined_keys WHERE command_id = $1 AND key_id IS NULL RETURNING *),
+keks AS (
+  UPDATE tenant_keys k SET state = 'destroyed', destroyed_at = now() FROM of_tenant q
+  WHERE (k.tenant_id, k.generation, k.kek_version) = (q.tenant_id, q.generation, q.kek_version) AND k.wrapped IS NULL
+  RETURNING k.fingerprint, 'kek/' || k.generation || '/' || k.kek_version AS name),
+below AS (DELETE FROM quarantined_keys WHERE command_id = $1 AND key_id IS NOT NULL RETURNING *),
+deks AS (
+  UPDATE encryption_keys k SET is_destroyed = true, destroyed_at = now() FROM below q
+  WHERE (k.tenant_id, k.key_id, k.key_version) = (q.tenant_id, q.key_id, q.key_version) AND k.key_material IS NULL
+  RETURNING sha256(k.commitment) AS fingerprint, k.key_id || '/' || k.key_version AS name),
+k AS (SELECT * FROM keks UNION ALL SELECT * FROM deks)"""
 
 # The commands that shredded exactly this scope and are within their grace; not what a readmission made final.
 _OF_SCOPE = {
@@ -32,19 +33,17 @@ _OF_SCOPE = {
 _RESTORE = {
     True: """UPDATE tenant_keys k SET wrapped = q.wrapped, state = q.was FROM back q
       WHERE (k.tenant_id, k.generation, k.kek_version) = (q.tenant_id, q.generation, q.kek_version) AND k.state <> 'destroyed'
-      RETURNING k.fingerprint, 'kek/' || k.generation || '/' || k.kek_version AS name, q.command_id""",
+      RETURNING k.fingerprint, 'kek/' || k.generation || '/' || k.kek_version AS name""",
     False: """UPDATE encryption_keys k SET key_material = q.wrapped, is_active = (q.was = 'active'),
         retired_at = CASE WHEN q.was = 'active' THEN NULL ELSE retired_at END FROM back q
       WHERE (k.tenant_id, k.key_id, k.key_version) = (q.tenant_id, q.key_id, q.key_version) AND NOT k.is_destroyed
-      RETURNING sha256(k.commitment) AS fingerprint, k.key_id || '/' || k.key_version AS name, q.command_id""",
+      RETURNING sha256(k.commitment) AS fingerprint, k.key_id || '/' || k.key_version AS name""",
 }
 
 
 async def destroy(connection: Connection, command_id: UUID) -> Keys:
     """The end of a command's grace: the bytes go, the keys are destroyed. -> which; none if they were gone."""
-    with mapped():
-        rows = await connection.fetch(_DESTROY_KEKS, command_id) + await connection.fetch(_DESTROY_DEKS, command_id)
-    return _keys(rows)
+    return await which_keys(connection, _DESTROY, command_id)
 
 
 async def unwatched(connection: Connection, now: datetime) -> list[tuple[UUID, Scope]]:
@@ -78,21 +77,13 @@ async def ends(connection: Connection, scope: Scope) -> datetime | None:
 
 async def restore(connection: Connection, scope: Scope) -> Keys:
     """Back to where they were. The command's residue is not watched any more: it will never be complete."""
-    tenant = scope.kind is ScopeKind.TENANT
-    with mapped():
-        rows = await connection.fetch(
-            f"WITH back AS (DELETE FROM quarantined_keys q WHERE {_OF_SCOPE[tenant]} RETURNING *) {_RESTORE[tenant]}",  # noqa: S608 (constants)
-            scope.tenant,
-            scope.kind.value,
-            scope.id,
-        )
-        commands = list({row["command_id"] for row in rows})
-        await connection.execute("DELETE FROM residue WHERE command_id = ANY ($1)", commands)
-        await connection.execute(
-            """UPDATE commands SET result = coalesce(result, '{}') || '{"restored": true}' WHERE command_id = ANY ($1)""", commands
-        )
-    return _keys(rows)
-
-
-def _keys(rows: list[Any]) -> Keys:
-    return Keys(fingerprints=[row["fingerprint"] for row in rows], names=[row["name"] for row in rows])
+    tenant, commands = scope.kind is ScopeKind.TENANT, await commands_of(connection, scope)
+    back = f"back AS (DELETE FROM quarantined_keys q WHERE {_OF_SCOPE[tenant]} RETURNING *), k AS ({_RESTORE[tenant]})"  # noqa: S608 (constants)
+    keys = await which_keys(connection, back, scope.tenant, scope.kind.value, scope.id)
+    if keys.count:
+        with mapped():
+            await connection.execute("DELETE FROM residue WHERE command_id = ANY ($1)", commands)
+            await connection.execute(
+                """UPDATE commands SET result = coalesce(result, '{}') || '{"restored": true}' WHERE command_id = ANY ($1)""", commands
+            )
+    return keys

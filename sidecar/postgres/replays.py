@@ -63,7 +63,7 @@ async def foretell(connection: Connection, entry: Entry) -> None:
 
 async def apply(connection: Connection, entry: Entry, scope: Scope) -> Keys:
     """The act again; repeatable. The tenant's row is locked, its epoch moves. Raises CommandRejected where others need a key of the scope."""
-    keys = Keys()
+    keys = Keys.of()
     if entry.act == "shred":
         keys = await _shred(connection, entry, scope)
     elif entry.act == "readmit" and entry.undoes is not None:

@@ -5,6 +5,7 @@
 from datetime import datetime
 from typing import Any, Final
 
+from sidecar.core.keys import NAMED_AT_MOST, Keys
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
@@ -46,6 +47,19 @@ def messages_of(scope: Scope) -> str:
             WHERE {keys_of(scope)})
           AND substring(m.data_encrypted FROM 6 FOR 16) IN (SELECT uuid_send(k.key_id) FROM encryption_keys k WHERE {keys_of(scope)})"""
     return "m.tenant_id = $1 AND m.stream_id IN (SELECT stream_id FROM streams WHERE tenant_id = $1 AND stream_type_class = $2)"
+
+
+async def which_keys(connection: Connection, found: str, *arguments: Any) -> Keys:
+    """The keys (fingerprint, name) that the query k among the queries `found` has. Put together there: of a class they can be a million."""
+    with mapped():
+        row = await connection.fetchrow(
+            f"""WITH {found}
+                SELECT count(*) AS count, encode(sha256(coalesce(string_agg(fingerprint, ''::bytea ORDER BY fingerprint), '')), 'hex') AS fingerprints_sha256,
+                  encode(sha256(convert_to(coalesce(string_agg(name, E'\n' ORDER BY name COLLATE "C"), ''), 'UTF8')), 'hex') AS names_sha256,
+                  ARRAY(SELECT name FROM k ORDER BY name COLLATE "C" LIMIT {NAMED_AT_MOST}) AS names FROM k""",
+            *arguments,
+        )
+    return Keys(**dict(row or ()))
 
 
 async def stream_class(connection: Connection, tenant: str, stream: str) -> str | None:

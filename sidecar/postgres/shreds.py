@@ -53,23 +53,18 @@ async def take_keys(connection: Connection, scope: Scope, command_id: UUID, kept
             )
         change = _DESTROY if kept_until is None else _SET_ASIDE
         await connection.execute(f"UPDATE encryption_keys k SET {change} WHERE {condition} AND NOT is_destroyed", scope.tenant, scope.id)
-        # All of them have no bytes any more. To say so here would make the planner, whose statistics know of none, join row by row.
-        rows = await connection.fetch(
-            f"SELECT k.key_id, k.key_version, sha256(k.commitment) AS fingerprint FROM encryption_keys k WHERE {condition}",
-            scope.tenant,
-            scope.id,
-        )
-        keys = Keys(fingerprints=[r["fingerprint"] for r in rows], names=[f"{r['key_id']}/{r['key_version']}" for r in rows])
-        await connection.execute(
-            # below_kek: a roll between the fence and this has moved the keys to its new KEK
-            "UPDATE erased_scopes SET fingerprints = $5, below_kek = NULL WHERE tenant_id = $1 AND scope_kind = $2 AND scope_id = $3 AND command_id = $4",
-            scope.tenant,
-            scope.kind.value,
-            scope.id,
-            command_id,
-            sorted(keys.fingerprints),
-        )
-    return keys
+    # All of them have no bytes any more. To say so here would make the planner, whose statistics know of none, join row by row.
+    # below_kek: a roll between the fence and this has moved the keys to its new KEK.
+    return await scopes.which_keys(
+        connection,
+        f"""k AS (SELECT sha256(k.commitment) AS fingerprint, k.key_id || '/' || k.key_version AS name FROM encryption_keys k WHERE {condition}),
+            noted AS (UPDATE erased_scopes SET fingerprints = (SELECT coalesce(array_agg(fingerprint ORDER BY fingerprint), '{{}}') FROM k), below_kek = NULL
+                      WHERE tenant_id = $1 AND scope_kind = $3 AND scope_id = $2 AND command_id = $4)""",
+        scope.tenant,
+        scope.id,
+        scope.kind.value,
+        command_id,
+    )
 
 
 async def _take_tenant_keys(connection: Connection, tenant: str, command_id: UUID, kept_until: datetime | None) -> Keys:
@@ -88,7 +83,7 @@ async def _take_tenant_keys(connection: Connection, tenant: str, command_id: UUI
             change = "wrapped = NULL, state = 'retired'"
         await connection.execute(f"UPDATE tenant_keys SET {change} WHERE tenant_id = $1 AND state <> 'destroyed'", tenant)
         rows = await connection.fetch("SELECT generation, kek_version, fingerprint FROM tenant_keys WHERE tenant_id = $1", tenant)
-    return Keys(fingerprints=[r["fingerprint"] for r in rows], names=[f"kek/{r['generation']}/{r['kek_version']}" for r in rows])
+    return Keys.of([f"kek/{r['generation']}/{r['kek_version']}" for r in rows], [r["fingerprint"] for r in rows])
 
 
 async def fence(connection: Connection, scope: Scope, command_id: UUID) -> None:

@@ -50,7 +50,7 @@ async def measure(dsn: str, streams: int) -> None:
 
         async def empty() -> int:
             async with connection.transaction():
-                return len((await shreds.take_keys(connection, scope, command_id, None)).names)
+                return (await shreds.take_keys(connection, scope, command_id, None)).count
 
         await timed("under the guard: closed", close())
         await timed("outside of it: emptied", empty())

@@ -115,7 +115,7 @@ async def test_text_goes_with_a_shred_of_its_stream_and_of_its_class(library: Li
             scope = Scope(tenant="acme", kind=kind, id=name)
             taken = await shreds.take_keys(session.connection, scope, (await session.connection.fetchval("SELECT gen_random_uuid()")), None)
             await tenants.next_epoch(session.connection, "acme", shredding=False)
-        assert taken.names, f"{scope}: nothing was found"
+        assert taken.count, f"{scope}: nothing was found"
         with pytest.raises(KeyShredded):
             await library.shredding.decrypt_event_data(text, stream, "acme")
 

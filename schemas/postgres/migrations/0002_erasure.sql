@@ -14,6 +14,7 @@ CREATE TABLE seal_epochs (                       -- a version of a KMS key, or o
   PRIMARY KEY (kms_uri, kms_key_version)
 );
 ALTER TABLE tenant_keys ADD COLUMN dedicated BOOLEAN NOT NULL DEFAULT false;   -- wrapped by a KMS key of this tenant alone
+ALTER TABLE erased_scopes ALTER COLUMN fingerprints SET STORAGE EXTERNAL;   -- hashes do not compress, and of a class there may be a million
 ALTER TABLE erased_scopes ADD COLUMN below_kek INT;   -- every KEK that ever wrapped its keys has a lower version; NULL: the newest one may have
 CREATE INDEX tenant_keys_epoch ON tenant_keys (kms_uri, kms_key_version) WHERE wrapped IS NOT NULL;
 CREATE INDEX erased_scopes_pending ON erased_scopes (tenant_id) WHERE below_kek IS NULL;
