@@ -115,8 +115,10 @@ class IndexRows:
         async with transaction(self._pool) as connection:
             details = {"removed": so_far, "xid": entry.details.get("xid") or await residue.own_xid(connection)}
             held_by = await residue.old_snapshots(connection, int(details["xid"]))
+            since = entry.details.get("unseen_since") or await residue.unseen_since(connection)
         if held_by:
             return Look(again=again, details=details | {"held_by": held_by})
-        tables = await residue.vacuum(self._pool, ("blind_index",), entry.created_at)
-        may_not = any("may not" in said for said in tables.values())
-        return Look(again=again if may_not else None, details=details | {"tables": tables})
+        tables = await residue.vacuum(self._pool, ("blind_index",), since)
+        if any("may not" in said for said in tables.values()):
+            return Look(again=again, details=details | {"tables": tables, "unseen_since": since})
+        return Look(again=None, details=details | {"tables": tables})

@@ -39,7 +39,7 @@ from sidecar.ledger import Ledger, LedgerGate
 from sidecar.ledger_replay import answer_asked
 from sidecar.notices import Notices
 from sidecar.ports import Clock
-from sidecar.postgres import audit, commands, guard, ledger, migrations
+from sidecar.postgres import audit, commands, guard, ledger, migrations, readmissions
 from sidecar.postgres.commands import Job, Unpublished
 from sidecar.postgres.connection import Connection, Pool, connect, open_pool, refuse_transaction_pooling, transaction
 from sidecar.postgres.durability import check_standby
@@ -50,7 +50,7 @@ from sidecar.residue import Residue
 from sidecar.rotation import Rotation
 from sidecar.sealing import Sealing
 from sidecar.settings import Settings
-from sidecar.shredding import Shredding
+from sidecar.shredding import NOT_IN_LEDGER, Shredding
 from sidecar.signing import control_signer
 from sidecar.steps import FINISHED, WRITER, Flow, Foreground, Steps, SystemClock, failpoint
 
@@ -127,7 +127,7 @@ class Executor:
             command = stored(job.payload)
         except CommandRejected as error:
             return await self._give_up(job, error, "failed", None)
-        if job.step is None and await self._carried_out_before(job):
+        if await self._carried_out_before(job, command):
             known = CommandRejected("carried_out_before", "the ledger has this command: it was carried out before the database was restored")
             return await self._give_up(job, known, "rejected", command)
         while job.step != FINISHED:
@@ -143,10 +143,12 @@ class Executor:
         status = {"shred": "done" if command.dry_run else "inaccessible", "reencrypt": "accepted"}.get(job.op, "done")
         self._settled(job, status)
 
-    async def _carried_out_before(self, job: Job) -> bool:
+    async def _carried_out_before(self, job: Job, command: Command) -> bool:
         """A restored database knows nothing of it, or has it still to do: again, it would undo what came since, say a readmission."""
         async with transaction(self._pool) as connection:
-            return await ledger.knows(connection, job.command_id)
+            if job.step in NOT_IN_LEDGER:
+                return await ledger.knows(connection, job.command_id)
+            return job.op == "shred" and not await readmissions.stays_shredded(connection, command.scope, job.command_id)
 
     def _flow(self, job: Job) -> Flow:
         if job.op not in self._flows:

@@ -116,8 +116,8 @@ class Residue:
     async def _record(self, entry: Entry, look: Look) -> None:
         now = self._steps.clock.now()
         async with transaction(self._steps.pool) as connection:
-            await residue.record(connection, entry, look, now, None if look.again is None else now + timedelta(seconds=look.again))
-            if look.again is None:
+            next_at = None if look.again is None else now + timedelta(seconds=look.again)
+            if await residue.record(connection, entry, look, now, next_at) and look.again is None:
                 failpoint("residue:complete")
                 await self.complete(connection, entry.command)
         if look.again is None:

@@ -66,11 +66,12 @@ class DeadRows:
         async with transaction(self._pool) as connection:
             held_by = await residue.old_snapshots(connection, int(details["xid"]))
             horizon = await residue.horizon(connection)
+            since = entry.details.get("unseen_since") or await residue.unseen_since(connection)
         if held_by:
             return Look(again=_patience(entry.attempts), details=details | {"held_by": held_by})
-        tables = await residue.vacuum(self._pool, (*KEY_TABLES, "messages") if plain else KEY_TABLES, entry.created_at)
+        tables = await residue.vacuum(self._pool, (*KEY_TABLES, "messages") if plain else KEY_TABLES, since)
         if any("may not" in said for said in tables.values()):
-            return Look(again=_patience(entry.attempts), details=details | {"tables": tables})
+            return Look(again=_patience(entry.attempts), details=details | {"tables": tables, "unseen_since": since})
         if not any(said == "autovacuumed" for said in tables.values()):
             self._rid[bool(plain)] = (horizon, tables)
         return Look(again=None, details=details | {"tables": tables})

@@ -35,6 +35,8 @@ from sidecar.steps import FINISHED, Steps, failpoint
 
 T = TypeVar("T")
 
+NOT_IN_LEDGER: Final = (None, "closed", "emptied")
+"""Steps of a command before its entry is written: `None` of every other one."""
 CHUNK: Final = 5000
 MANY_KEYS: Final = 2000
 """Of a class: more are not destroyed under the guard, which stalls traffic (measured: 70 ms for each thousand, on a loaded machine)."""

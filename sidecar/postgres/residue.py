@@ -106,10 +106,14 @@ def _entry(row: Any) -> Entry:
     return Entry(**{n: row[n] for n in names}, command=stored(row["payload"]), facts=row["result"] or {})
 
 
-async def record(connection: Connection, entry: Entry, look: Look, now: datetime, next_at: datetime | None) -> None:
-    """`next_at` None: it is done. A row that was taken back meanwhile (a restore within the grace) stays away."""
+async def record(connection: Connection, entry: Entry, look: Look, now: datetime, next_at: datetime | None) -> bool:
+    """`next_at` None: it is done. False for a row that another process did, or that was taken back meanwhile (a restore within the grace).
+
+    Of a command's rows one is recorded at a time: so that of two processes the later sees what the other did, and that nothing is left.
+    """
     with mapped():
-        await connection.execute(
+        await connection.execute("SELECT FROM commands WHERE command_id = $1 FOR UPDATE", entry.command_id)
+        done = await connection.execute(
             """UPDATE residue SET state = CASE WHEN $6::timestamptz IS NULL THEN 'done' ELSE 'pending' END, until = $4, details = $5,
                  attempts = attempts + 1, next_at = coalesce($6, next_at), done_at = CASE WHEN $6::timestamptz IS NULL THEN $7::timestamptz END
                WHERE command_id = $1 AND kind = $2 AND place = $3 AND state = 'pending'""",
@@ -121,6 +125,7 @@ async def record(connection: Connection, entry: Entry, look: Look, now: datetime
             next_at,
             now,
         )
+    return str(done) == "UPDATE 1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,8 +275,18 @@ async def horizon(connection: Connection) -> int:
     return int(oldest)
 
 
-async def vacuum(pool: Pool, tables: Iterable[str], since: datetime) -> dict[str, str]:
-    """Rid tables of dead rows; -> table → rewritten, vacuumed, autovacuumed (since then), or what stands in the way.
+async def unseen_since(connection: Connection) -> str | None:
+    """Now, by the database's clock, for a caller who found no old snapshot: a VACUUM that ends later than that removes what they saw. None while
+    one runs: it may have begun under them."""
+    with mapped():
+        now: str | None = await connection.fetchval(
+            "SELECT clock_timestamp()::text WHERE NOT EXISTS (SELECT FROM pg_stat_progress_vacuum WHERE datname = current_database())"
+        )
+    return now
+
+
+async def vacuum(pool: Pool, tables: Iterable[str], since: str | None) -> dict[str, str]:
+    """Rid tables of dead rows; -> table → rewritten, vacuumed, autovacuumed (since then, of `unseen_since`), or what stands in the way.
 
     Raises Conflict where a lock does not come within a second: nobody is made to wait longer for us.
     """
@@ -299,7 +314,7 @@ async def vacuum(pool: Pool, tables: Iterable[str], since: datetime) -> dict[str
 _TABLE = """
 SELECT pg_total_relation_size(c.oid), pg_has_role(c.relowner, 'USAGE')
     OR EXISTS (SELECT FROM aclexplode(c.relacl) a WHERE a.privilege_type = 'MAINTAIN' AND (a.grantee = 0 OR pg_has_role(a.grantee, 'USAGE'))),
-  (SELECT greatest(last_vacuum, last_autovacuum) > $2 FROM pg_stat_all_tables s WHERE s.relid = c.oid)
+  (SELECT greatest(last_vacuum, last_autovacuum) > $2::text::timestamptz FROM pg_stat_all_tables s WHERE s.relid = c.oid)
 FROM pg_class c WHERE c.oid = $1::text::regclass"""
 
 

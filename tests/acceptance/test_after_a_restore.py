@@ -306,3 +306,41 @@ async def test_what_is_received_is_remembered_with_its_place(restored: Restored)
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
             await plane.close()
+
+
+# a shred that was under way in the backup, and that a readmission has followed since
+
+
+@pytest.mark.parametrize(("scope", "step"), [(CLASS, "closed"), (ACME, "noticed")], ids=str)
+async def test_a_shred_that_was_under_way_in_the_backup_does_not_reach_behind_its_readmission(restored: Restored, scope: Scope, step: str) -> None:
+    async with restored.before() as plane:
+        assert (await plane.carry_out("shred", scope, options={"include_plain": True}))["status"] == "inaccessible"
+        assert (await plane.carry_out("readmit", scope))["status"] == "done"
+        command = await plane.database.fetchrow("SELECT * FROM commands WHERE op = 'shred'")
+        entries = await plane.database.fetch("SELECT * FROM ledger ORDER BY seq")
+    async with connected(restored.backup) as database:
+        await database.execute(
+            """INSERT INTO commands (command_id, op, tenant_id, payload, payload_sha256, status, step, result)
+               VALUES ($1, 'shred', 'acme', $2, $3, 'accepted', $4, $5)""",
+            command["command_id"], command["payload"], command["payload_sha256"], step, {name: fact for name, fact in command["result"].items() if not name.startswith("plain")},
+        )  # fmt: skip
+        if step == "noticed":  # behind the fence: its entry was written with that
+            await database.execute("UPDATE tenants SET state = 'shredding'")
+            await database.execute(
+                "INSERT INTO ledger (entry_id, command_id, tenant_ref, envelope, published_at) VALUES ($1, $2, $3, $4, now())",
+                *[entries[0][name] for name in ("entry_id", "command_id", "tenant_ref", "envelope")],
+            )
+        else:
+            await shreds.fence(database, scope, command["command_id"])
+    await restored.replay()
+    async with connected(restored.backup) as database:  # what came behind the readmission is read again
+        await database.execute(
+            """INSERT INTO encryption_keys (tenant_id, key_id, scope_kind, scope_id, generation, kek_version, key_material, commitment)
+               SELECT 'acme', md5('new')::uuid, 'stream', 'a', generation, 1, 'wrapped', 'new' FROM tenants"""
+        )
+        await kit.add_events(database, "acme", "a", 3, plain=True)
+    async with restored.after() as plane:
+        again = await plane.receipt(command["command_id"])
+    assert (again["status"], again["error"]["code"]) == ("rejected", "carried_out_before")
+    assert [row["n"] for row in await restored.sql("SELECT count(*) AS n FROM messages")] == [3]
+    assert [row["n"] for row in await restored.sql("SELECT count(*) AS n FROM encryption_keys WHERE key_material = 'wrapped'")] == [1]

@@ -3,7 +3,8 @@
 import asyncio
 import json
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -11,10 +12,22 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from sidecar.core.model import Scope, ScopeKind
+from sidecar.kafka.admin import Admin
 from sidecar.kafka.client import client_config
+from sidecar.kafka.ledger import LedgerTopic
+from sidecar.kafka.receipts import ViewWriter
+from sidecar.ledger import Ledger
+from sidecar.notices import Notices
+from sidecar.postgres import residue
+from sidecar.postgres.connection import open_pool, transaction
+from sidecar.residue import Residue
 from sidecar.settings import load
+from sidecar.signing import control_signer
+from sidecar.steps import Steps, SystemClock
 from sidecar.testing import control_plane as kit
+from sidecar.testing.local_stack import LocalStack
 from tests.acceptance.rolls import confirm_and_destroy, roll
+from tests.acceptance.test_e09_a_hold_is_never_overrun import control_plane
 from tests.acceptance.world import World, until
 
 ACME = Scope.of_tenant("acme")
@@ -337,3 +350,52 @@ def test_what_a_readmitted_scope_publishes_stays_in_the_views(make_world: Callab
     last: dict[bytes, Any] = {m.key(): m.value() for m in world.records(world.topic("view"))}
     assert [value for value in last.values() if value == b"new"] == [b"new"]
     assert not [m for m in world.records(world.topic("view")) if m.value() not in (None, b"new") and shredded(m, scope)]
+
+
+async def test_of_two_control_planes_that_end_the_last_two_places_at_once_one_says_complete(
+    local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has lost the lead, and does not know it yet, may be in the middle of its last look."""
+    async with control_plane(local_stack, database, tmp_path, unique("c")) as plane:
+        await kit.seed(plane.database, "acme", {"a": "C"})
+        shred = await plane.carry_out("shred", ACME)
+        async with asyncio.timeout(60):
+            while await plane.database.fetchval("SELECT finished_at FROM commands") is None:  # noqa: ASYNC110 (no event says so)
+                await asyncio.sleep(0.02)
+        settings = plane.settings
+    pool, admin = await open_pool(database, max_size=4), Admin(settings)
+    steps = Steps(pool, admin, SystemClock(), Ledger(pool, LedgerTopic(settings, admin), control_signer(settings), settings.deployment))
+    await pool.execute("UPDATE residue SET state = 'done', done_at = now(), next_at = now() WHERE kind <> 'backup' OR place LIKE 'keystore%'")
+    await pool.execute("UPDATE residue SET next_at = now() WHERE state = 'pending'")
+    async with transaction(pool) as connection:
+        ours, theirs = await residue.due(connection, datetime.now(UTC))
+    seen, go = asyncio.Event(), asyncio.Event()
+    real = residue.of_command
+
+    async def slowly(*arguments: Any) -> Any:
+        rows = await real(*arguments)
+        seen.set()
+        await go.wait()
+        return rows
+
+    def record(entry: Any) -> asyncio.Task[None]:
+        own = Residue(settings, steps, Notices(pool, admin, ViewWriter(settings)), lambda: None)  # type: ignore[arg-type,return-value]
+        return asyncio.create_task(own._record(entry, residue.Look(again=None)))
+
+    try:
+        monkeypatch.setattr(residue, "of_command", slowly)
+        first = record(ours)
+        await seen.wait()
+        monkeypatch.setattr(residue, "of_command", real)
+        second = record(theirs)
+        await asyncio.wait({second}, timeout=1)  # it waits for the first, or is through
+        go.set()
+        await asyncio.gather(first, second)
+        for late in (None, ours):
+            if late is not None:
+                await record(late)
+            complete = await pool.fetch("SELECT * FROM receipts WHERE status = 'complete'")
+            assert [str(row["command_id"]) for row in complete] == [shred["command_id"]]
+            assert await pool.fetchval("SELECT count(*) FROM audit_log WHERE action = 'shred.complete'") == 1
+    finally:
+        await pool.close()

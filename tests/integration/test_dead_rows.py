@@ -3,8 +3,10 @@
 # ruff: noqa: ASYNC110 (what is waited for happens in the database)
 
 import asyncio
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import asyncpg
@@ -102,3 +104,54 @@ async def test_a_vacuum_under_an_old_snapshot_serves_no_shred_that_the_snapshot_
     await reader.close()
     await rid(rows, behind)
     assert len(vacuumed) == 2
+
+
+async def vacuum_by_the_owner(owner: Any) -> None:
+    """Returns when the server's statistics tell of it, which sessions see late."""
+    before = await owner.fetchval("SELECT clock_timestamp()")
+    for table in KEY_TABLES:
+        await owner.execute(f"VACUUM {table}")
+    told = "SELECT count(*) FROM pg_stat_all_tables WHERE relname = ANY ($1) AND last_vacuum > $2"
+    async with asyncio.timeout(60):
+        while await owner.fetchval(told, list(KEY_TABLES), before) < len(KEY_TABLES):
+            await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+async def limited(pool: Any, database: str) -> Any:
+    """A control role that may not VACUUM the key tables."""
+    role = f"control_{uuid4().hex[:8]}"
+    await pool.execute(f"CREATE ROLE {role} LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
+    parts = urlsplit(database)
+    own = await open_pool(parts._replace(netloc=f"{role}@{parts.netloc.rpartition('@')[2]}").geturl(), max_size=2)
+    yield own
+    await own.close()
+    await pool.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+async def test_a_vacuum_of_somebody_elses_counts_only_if_no_old_snapshot_stood_in_its_way(
+    settings: Settings, pool: Any, limited: Any, database: str
+) -> None:
+    """Nor does one from before the shred, where the control plane's clock is behind the database's."""
+    reader = await asyncpg.connect(database)
+    snapshot = reader.transaction(isolation="repeatable_read")
+    await snapshot.start()
+    await reader.fetchval("SELECT count(*) FROM tenants")
+    async with transaction(pool) as connection:
+        xid = await residue.own_xid(connection)
+    _, value = kit.command(settings, "shred", Scope.of_tenant("acme"))
+    entry = Entry(
+        command_id=uuid4(), kind="database", place="", until=None, details={"xid": xid}, attempts=0,
+        created_at=datetime.now(UTC) - timedelta(minutes=10), command=stored(value), facts={},
+    )  # fmt: skip
+    await vacuum_by_the_owner(pool)
+    await snapshot.rollback()
+    await reader.close()
+    async with asyncio.timeout(60):
+        while (look := await DeadRows(limited).act(entry)).details.get("held_by"):
+            await asyncio.sleep(0.02)
+    assert look.again is not None
+    assert all("may not" in said for said in look.details["tables"].values())
+    await vacuum_by_the_owner(pool)
+    last = await DeadRows(limited).act(replace(entry, details=look.details))
+    assert (last.again, set(last.details["tables"].values())) == (None, {"autovacuumed"})
