@@ -299,7 +299,7 @@ class Content(NamedTuple):
 
 
 def _contents(tenant: str, stream: str, fields: Fields | None, rows: Sequence[Any], ciphers: Ciphers) -> list[tuple[Bind, Content] | None]:
-    """Each event, and how it is bound to its place. None: it is altered, shredded or unknown, and stays as it is."""
+    """Each event, and how it is bound to its place. None: it is altered, planted, shredded or unknown, and stays as it is."""
     of_stream = stream_aad(tenant.encode(), stream.encode())
 
     @cache
@@ -311,6 +311,8 @@ def _contents(tenant: str, stream: str, fields: Fields | None, rows: Sequence[An
         bind = _bind(of_stream, row)
         try:
             sealed = row["data_encrypted"]
+            if row["planted"]:
+                raise AuthenticationFailed("plaintext stands in an encrypted stream")
             content = _plain(row, fields) if sealed is None else _opened(cipher(bytes(sealed[:PREFIX_BYTES])), bind, row)
         except (RecordError, KeyUnavailable):
             out.append(None)

@@ -18,10 +18,14 @@ _OF_SCOPE: Final = {
     ScopeKind.STREAM: "s.stream_id = $2",
     ScopeKind.SUBJECT: "false",
 }
+# `planted`: plaintext where the stream is encrypted. Sealed, it would read as an event.
+_READ: Final = """
+SELECT m.stream_position, m.message_id, m.message_type, m.schema_version, m.occurred_at, m.data, m.data_encrypted, m.metadata, m.is_tombstone,
+  m.data_encrypted IS NULL AND s.is_encrypted AND m.stream_position >= coalesce(s.encrypted_from_position, 1) AS planted
+FROM messages m JOIN streams s USING (tenant_id, stream_id) WHERE"""
 # As in row order of the primary key from behind: what is sealed anew meanwhile stands no more in the way.
-_ROWS: Final = """
-SELECT m.stream_position, m.message_id, m.message_type, m.schema_version, m.data, m.data_encrypted, m.metadata, m.is_tombstone
-FROM messages m WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position < $3
+_ROWS: Final = f"""
+{_READ} m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position < $3
   AND CASE WHEN m.data_encrypted IS NULL THEN $5 ELSE substring(m.data_encrypted FOR 25) <> $4 END
 ORDER BY m.stream_position DESC LIMIT $6"""
 
@@ -31,12 +35,11 @@ _KEY_ID: Final = "encode(substring(m.data_encrypted FROM 6 FOR 16), 'hex')::uuid
 _KEY_VERSION: Final = """(get_byte(m.data_encrypted, 21)::bigint << 24 | get_byte(m.data_encrypted, 22) << 16
   | get_byte(m.data_encrypted, 23) << 8 | get_byte(m.data_encrypted, 24))::int"""
 _ROWS_NOT_OF_PERSONS: Final = f"""
-SELECT m.stream_position, m.message_id, m.message_type, m.schema_version, m.data, m.data_encrypted, m.metadata, m.is_tombstone
-FROM messages m WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position < $3
+{_READ} m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position < $3
   AND CASE WHEN m.data_encrypted IS NULL THEN $5 WHEN octet_length(m.data_encrypted) < 25 THEN true
       ELSE get_byte(m.data_encrypted, 3) <> $4 OR NOT EXISTS (SELECT FROM encryption_keys k WHERE k.tenant_id = $1 AND k.key_id = {_KEY_ID}
              AND k.key_version = {_KEY_VERSION} AND k.is_active AND k.scope_kind = 'subject') END
-ORDER BY m.stream_position DESC LIMIT $6"""  # noqa: S608 (constants)
+ORDER BY m.stream_position DESC LIMIT $6"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,11 +240,15 @@ async def write_history(connection: Connection, tenant: str, stream: str, old: S
 
 
 async def mark_sealed(connection: Connection, tenant: str, stream: str, key_id: UUID | None, suite: str, sealed_from: int) -> None:
-    """`key_id`: the stream's key, None where it is sealed by person. `sealed_from`: nothing plain stands from there on."""
+    """`key_id`: the stream's key, None where it is sealed by person. `sealed_from`: nothing plain stands from there on, but what was left alone."""
     with mapped():
         await connection.execute(
-            """UPDATE streams SET is_encrypted = true, encrypted_from_position = least(encrypted_from_position, $5),
-                 encryption_key_id = $3, encryption_algorithm = $4 WHERE tenant_id = $1 AND stream_id = $2""",
+            """UPDATE streams s SET is_encrypted = true, encryption_key_id = $3, encryption_algorithm = $4,
+                 encrypted_from_position = least(s.encrypted_from_position, coalesce((
+                   SELECT m.stream_position + 1 FROM messages m WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.data_encrypted IS NULL
+                     AND m.stream_position >= $5 AND (s.encrypted_from_position IS NULL OR m.stream_position < s.encrypted_from_position)
+                   ORDER BY m.stream_position DESC LIMIT 1), $5))
+               WHERE s.tenant_id = $1 AND s.stream_id = $2""",
             tenant, stream, key_id, suite, sealed_from,
         )  # fmt: skip
 
@@ -287,9 +294,7 @@ async def rows_behind(connection: Connection, tenant: str, stream: str, after: i
     """Events behind that position, in order."""
     with mapped():
         return await connection.fetch(
-            """SELECT m.stream_position, m.message_id, m.message_type, m.schema_version, m.occurred_at, m.data, m.data_encrypted, m.metadata,
-                 m.is_tombstone FROM messages m WHERE m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position > $3
-               ORDER BY m.stream_position LIMIT $4""",
+            f"{_READ} m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position > $3 ORDER BY m.stream_position LIMIT $4",
             tenant, stream, after, limit,
         )  # fmt: skip
 
