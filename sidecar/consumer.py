@@ -15,7 +15,7 @@ from itertools import repeat
 from typing import Final
 
 from sidecar import telemetry
-from sidecar.core.errors import KeyUnavailable, RecordError, SidecarError, Unavailable
+from sidecar.core.errors import KeyShredded, KeyUnavailable, RecordError, SidecarError, StreamErased, Unavailable
 from sidecar.core.model import Erased, Event
 from sidecar.core.store import Cursor, Unreadable
 from sidecar.postgres import checkpoints
@@ -61,8 +61,9 @@ class EventConsumer:
     async def run(self, handler: Handler, stop: asyncio.Event) -> None:
         """Until `stop`; the event in hand is finished. May be called again after it has returned.
 
-        What is away is waited for (up to 5 s between tries), and the checkpoint stays. An event that cannot be read, or that the handler refuses
-        three times, is set aside by place (table `consumer_set_aside`), and the next one follows.
+        What is away is waited for (up to 5 s between tries), and the checkpoint stays. What was shredded before the handler is called with it comes
+        as `Erased`. An event that cannot be read, or that the handler refuses three times, is set aside by place (table `consumer_set_aside`), and
+        the next one follows.
         """
         pause = 0.1
         while not stop.is_set():
@@ -111,6 +112,7 @@ class EventConsumer:
         """
         found = await self._store.read_all(after=cursor, tenant=self._tenant, classes=self._classes, limit=PAGE)
         answers: Iterable[Event | Erased | Unreadable | None] = repeat(None)
+        as_of = await checkpoints.epochs(connection, {held.tenant for _, held in found if _is_sealed(held)}) if self._decrypt else {}
         with suppress(Exception):  # one that cannot be opened (now) is not to hold up those before it: they are opened one by one then
             answers = await self._opened([held for _, held in found])
         reached = cursor
@@ -118,6 +120,9 @@ class EventConsumer:
             for (place, held), answer in zip(found, answers, strict=False):
                 if stop.is_set():
                     break
+                if answer is not None and held.tenant in as_of and _is_sealed(held):
+                    now = await checkpoints.epochs(connection, [held.tenant])
+                    answer = answer if now == {held.tenant: as_of[held.tenant]} else None  # a shred may have come since: it is opened again
                 await self._hand_over(connection, held, answer, handler)
                 reached = place
             else:
@@ -149,9 +154,9 @@ class EventConsumer:
         for attempt in range(1, PATIENCE + 1):
             try:
                 return await handler(opened)
-            except _TRANSIENT:
-                raise
             except Exception as error:
+                if isinstance(error, _TRANSIENT) and not isinstance(error, KeyShredded | StreamErased):
+                    raise
                 if attempt == PATIENCE:
                     await self._set_aside(connection, held, error)
 
@@ -160,6 +165,10 @@ class EventConsumer:
         said = telemetry.describe(error)
         await checkpoints.set_aside(connection, self.name, held.tenant, held.stream, held.position, said)
         telemetry.log.error("an event is set aside", extra={"action": "consume", "consumer": self.name, "position": held.position, "error": said})
+
+
+def _is_sealed(held: Event | Erased | Unreadable) -> bool:
+    return isinstance(held, Event) and held.sealed is not None
 
 
 def _answer(event: Event, answer: Event | Erased | RecordError) -> Event | Erased | Unreadable:

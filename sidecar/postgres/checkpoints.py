@@ -1,5 +1,6 @@
 """Where consumers of the store stand, and what they set aside."""
 
+from collections.abc import Iterable
 from typing import Any
 from zlib import crc32
 
@@ -39,6 +40,13 @@ async def advance(connection: Connection, consumer: str, cursor: Cursor) -> None
             str(cursor.transaction),
             cursor.position,
         )
+
+
+async def epochs(connection: Connection, tenants: Iterable[str]) -> dict[str, int]:
+    """Of each tenant. What was opened as of another one may have been shredded since."""
+    with mapped():
+        rows = await connection.fetch("SELECT tenant_id, epoch FROM tenants WHERE tenant_id = ANY ($1)", list(tenants))
+    return {row["tenant_id"]: row["epoch"] for row in rows}
 
 
 async def set_aside(connection: Connection, consumer: str, tenant: str, stream: str, position: int, error: str) -> None:

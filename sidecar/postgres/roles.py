@@ -39,6 +39,7 @@ _DATA_UPDATES = {
     "ledger_watermark": "deployment, topic_id, next_offset, system_identifier, timeline",
     "imports": "after, imported, refused, updated_at, verified_at",
     "consumer_checkpoints": "transaction_id, global_position, listening_until, updated_at",
+    "consumer_set_aside": "error, at",
     # a row lock needs the right to update some column: these mean nothing
     "encryption_policies": "updated_at",
     "seal_epochs": "created_at",

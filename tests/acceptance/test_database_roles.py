@@ -1,5 +1,6 @@
 """Both planes under database roles of their own: they do their work, and what is not theirs to do Postgres refuses."""
 
+import asyncio
 import json
 import secrets
 import signal
@@ -183,6 +184,26 @@ def test_a_library_under_the_data_planes_role_is_forgotten_by_command_and_may_de
             assert await library.shredding.is_data_forgettable("acme")
 
     blocking(main)
+
+
+def test_a_consumer_under_the_data_planes_role_sets_aside_what_is_poison(made: Roles) -> None:
+    async def main() -> None:
+        async with open_library(load(made.world.config), writer="library-test") as library:
+            for stream in ("aes-1", "aes-2"):
+                await library.store.append_to_stream(stream, [NewEvent(type="T", data="x")], tenant="acme")
+            stop = asyncio.Event()
+
+            async def handle(event: Event | Erased) -> None:
+                if event.stream == "aes-1":
+                    raise ValueError("poison")
+                stop.set()
+
+            async with asyncio.timeout(60):
+                await library.consumer("c").run(handle, stop)
+
+    blocking(main)
+    [row] = made.world.sql("SELECT stream_id, error FROM consumer_set_aside")
+    assert tuple(row) == ("aes-1", "ValueError")
 
 
 def test_a_data_plane_that_holds_on_to_the_guard_is_fenced_by_a_control_role(made: Roles) -> None:

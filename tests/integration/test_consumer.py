@@ -6,14 +6,16 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
+from sidecar import Library
 from sidecar.consumer import EventConsumer, Handler
-from sidecar.core.errors import StoreUnavailable, UnknownKey
-from sidecar.core.model import Erased, Event
+from sidecar.core.errors import KeyShredded, StoreUnavailable, StreamErased, UnknownKey
+from sidecar.core.model import Erased, Event, Scope, ScopeKind
 from sidecar.core.store import NewEvent
-from sidecar.postgres import checkpoints, migrations
+from sidecar.postgres import checkpoints, migrations, shreds, tenants
 from sidecar.postgres.connection import connect, open_pool
 from sidecar.postgres.event_store import PostgresEventStore
 
@@ -267,3 +269,40 @@ async def test_writers_at_once_and_a_consumer_that_misses_none_and_keeps_each_st
     assert len(set(seen.ids)) == len(seen.ids) == 181
     for writer in range(6):
         assert [i for i in seen.ids if i.startswith(f"{writer}-")] == [f"{writer}-{n}" for n in range(30)]
+
+
+async def test_a_handler_that_needs_what_was_erased_does_not_wait_for_it(store: PostgresEventStore) -> None:
+    """It comes back by no waiting."""
+
+    def fails(event: Event | Erased) -> None:
+        if event.message_id in ("e0", "e1"):
+            raise KeyShredded if event.message_id == "e0" else StreamErased
+
+    seen = Seen(fails=fails)
+    await append(store, 0, 3)
+    async with running(EventConsumer("c", store), seen):
+        await until(lambda: seen.ids == ["e2"])
+    async with store.pool.acquire() as held:
+        named = await checkpoints.set_asides(held, "c")  # type: ignore[arg-type]
+    assert [row["stream_id"] for row in named] == ["s0", "s1"]
+
+
+async def test_what_was_opened_before_a_shred_is_not_handed_over_after_it(library: Library) -> None:
+    """A page is opened at once, and the handler of its first event may take an hour."""
+    stop, seen = asyncio.Event(), list[Event | Erased]()
+
+    async def handle(event: Event | Erased) -> None:
+        seen.append(event)
+        if len(seen) == 1:
+            async with library.plain.session() as session:
+                scope = Scope(tenant="acme", kind=ScopeKind.STREAM, id="user-2")
+                await shreds.take_keys(session.connection, scope, uuid4(), None)
+                await tenants.next_epoch(session.connection, "acme", shredding=False)
+        if len(seen) == 3:
+            stop.set()
+
+    for stream in ("user-1", "user-2", "user-3"):
+        await library.store.append_to_stream(stream, [NewEvent(type="T", data="secret")], tenant="acme")
+    async with asyncio.timeout(40):
+        await library.consumer("c").run(handle, stop)
+    assert [type(event) for event in seen] == [Event, Erased, Event]
