@@ -58,7 +58,6 @@ class DataPlane:
         gc.set_threshold(100_000, 50, 100)
         upkeep = asyncio.create_task(self.upkeep.run())
         try:
-            await self.source.subscribe([s.topic for s in self.settings.sources])
             try:
                 await self.pipeline.run(self.source, stop)
             finally:  # also of one that refuses to start: its consumer would keep the process from ending

@@ -130,6 +130,8 @@ class Pipeline:
         self.source = source
         try:
             await self._recover(None, stop)
+            if not stop.is_set():  # who may not serve, or not yet, takes no partitions from those who do
+                await source.subscribe([s.topic for s in self.ports.settings.sources])
             while not stop.is_set():
                 try:
                     await self._turn(source)

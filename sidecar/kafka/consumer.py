@@ -12,10 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import Thread
 from typing import Any, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from sidecar import telemetry
 from sidecar.core.errors import BrokerUnavailable, SidecarError
 from sidecar.kafka.client import client_config, mapped, translate
 from sidecar.settings import Settings
@@ -26,8 +28,7 @@ POLL_SECONDS = 0.1
 RELEASE_SECONDS = 20.0
 """How long a revocation waits for the batch in flight before it gives the partition up as it is: leases and the group's
 generation keep a batch that ends later from counting."""
-
-
+CLOSE_SECONDS = 10.0
 FENCED_AGAIN_SECONDS = 60.0
 SEEK_SECONDS = 2.0
 
@@ -305,7 +306,12 @@ class KafkaSource:
 
     async def close(self) -> None:
         """Leave the group; callbacks run. A static member's partitions stay its own until the session times out."""
-        await self._call(self._consumer.close)
+        # librdkafka waits for itself, for ever, where it is closed while an assignment is on its way: the process ends without it
+        closing = Thread(target=self._consumer.close, name="kafka-source-close", daemon=True)
+        closing.start()
+        await asyncio.to_thread(closing.join, CLOSE_SECONDS)
+        if closing.is_alive():
+            telemetry.log.warning("the consumer does not close, and is left behind", extra={"action": "stop"})
         self._thread.shutdown(wait=False)
 
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:

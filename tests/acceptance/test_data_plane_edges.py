@@ -34,6 +34,34 @@ async def world(local_stack: LocalStack, database: str, tmp_path: Path, unique: 
     return world
 
 
+# ── stopping ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+NEVER_CLOSES = """
+import sys, threading
+import confluent_kafka
+
+class Stuck(confluent_kafka.Consumer):
+    def close(self):
+        threading.Event().wait()
+
+confluent_kafka.Consumer = Stuck
+from sidecar.kafka import consumer
+consumer.CLOSE_SECONDS = 0.5
+from sidecar.cli import main
+main(["--config", sys.argv[1], "run", "--instance-id", sys.argv[2]])
+"""
+
+
+async def test_a_stop_ends_also_where_the_consumer_does_not_close(world: World) -> None:
+    """As librdkafka does now and then while an assignment is on its way."""
+    stuck = world.launch("a", main=NEVER_CLOSES).wait_ready()
+    try:
+        assert await asyncio.to_thread(stuck.stop) == 0
+        assert "is left behind" in stuck.log.read_text()
+    finally:
+        stuck.kill()
+
+
 # ── records that are gone ───────────────────────────────────────────────────────────────────────────────────────────────
 
 

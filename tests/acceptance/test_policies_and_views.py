@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sidecar.kafka.admin import Admin
-from tests.acceptance.world import World
+from tests.acceptance.world import PATIENCE_SECONDS, World
 
 
 def test_a_policy_change_is_live_with_the_next_events_and_audited(world: World) -> None:
@@ -160,5 +160,5 @@ def test_a_view_whose_topic_has_other_partitions_than_it_began_with_is_refused_a
     world.run().stop()
     world.sql("UPDATE views SET partitions = 9")
     again = world.run(wait=False)
-    assert again.process.wait(150) == 2  # its consumer may be joining the group, and is closed when it has
+    assert again.process.wait(PATIENCE_SECONDS) == 2
     assert "view all began with 9 partitions, its topic has 3 now" in again.text()
