@@ -31,6 +31,7 @@ from sidecar.postgres import commands
 from sidecar.postgres.connection import Connection
 from sidecar.settings import Settings
 
+PATIENCE_SECONDS = 120
 _MAIN = """
 import asyncio, sys
 from pathlib import Path
@@ -53,7 +54,7 @@ class ControlProcess:
         lines = [line for line in self.log.read_text().splitlines() if line.startswith("ready http")]
         return lines[0].split()[1] if lines else ""
 
-    def wait_ready(self, seconds: float = 40) -> "ControlProcess":
+    def wait_ready(self, seconds: float = PATIENCE_SECONDS) -> "ControlProcess":
         deadline = time.monotonic() + seconds
         while not self.url:
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -61,7 +62,7 @@ class ControlProcess:
             time.sleep(0.02)
         return self
 
-    def wait_dead(self, seconds: float = 40) -> int:
+    def wait_dead(self, seconds: float = PATIENCE_SECONDS) -> int:
         return self.process.wait(seconds)
 
     def kill(self) -> None:
@@ -73,7 +74,7 @@ class ControlProcess:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(20)
+            return self.process.wait(PATIENCE_SECONDS)
         finally:
             self.kill()
 
@@ -150,7 +151,7 @@ def send(settings: Settings, *values: bytes | None, key: str = "any") -> None:
     producer = Producer(client_config(settings, **{"acks": "all", "linger.ms": 0}))
     for value in values:
         producer.produce(settings.control.topic, value, key=key)
-    if producer.flush(20):
+    if producer.flush(PATIENCE_SECONDS):
         raise AssertionError("the control topic took no commands")
 
 
@@ -182,12 +183,14 @@ def published(settings: Settings) -> list[dict[str, Any]]:
 
 
 async def final_receipt(connection: Connection, command_id: UUID) -> dict[str, Any]:
-    """The first that is final, once it is there. The newest would not do: a shred that left nothing anywhere is `complete` a moment later."""
-    async with asyncio.timeout(120):
+    """The command's first that is final, once it is there: a shred that left nothing anywhere is `complete` a moment after it is `inaccessible`."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
-            for receipt in await commands.receipts(connection, command_id=command_id):
-                if receipt["status"] not in ("accepted", "pending"):
-                    return receipt
+            found = await commands.receipt(connection, command_id)
+            if found and found["status"] == "complete":
+                found = await commands.receipt_with(connection, command_id, "inaccessible")
+            if found and found["status"] not in ("accepted", "pending"):
+                return found
             await asyncio.sleep(0.02)
 
 

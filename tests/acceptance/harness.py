@@ -39,6 +39,7 @@ from sidecar.pipeline import Pipeline
 from sidecar.postgres import migrations
 from sidecar.postgres.connection import connected
 from sidecar.settings import Settings, load
+from sidecar.testing.control_plane import PATIENCE_SECONDS
 
 CAMPAIGN = os.environ.pop("SIDECAR_CAMPAIGN", "") == "full"
 """Long campaigns run in a short form unless SIDECAR_CAMPAIGN=full. Popped: the product takes SIDECAR_* for settings."""
@@ -56,9 +57,9 @@ class Instance:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def wait_ready(self, seconds: float = 60) -> "Instance":
+    def wait_ready(self) -> "Instance":
         """Returns when it said `ready`: topics and schema are there, the producer and the guard session are open."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while "\nready " not in "\n" + self.log.read_text():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"{self.name} is not ready (exit {self.process.poll()}):\n{self.log.read_text()[-3000:]}")
@@ -70,10 +71,10 @@ class Instance:
         self.process.kill()
         self.process.wait()
 
-    def stop(self, seconds: float = 40) -> int:
+    def stop(self) -> int:
         """SIGTERM; the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(seconds)
+        return self.process.wait(PATIENCE_SECONDS)
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
@@ -166,7 +167,7 @@ class World:
             for _ in range(min(10, count - first)):
                 self._produce(producer, self._number % tenants, self._number % streams, prefix, size, keep=keep)
             if aborted:
-                producer.commit_transaction(20) if keep else (producer.flush(20), producer.abort_transaction(20))
+                producer.commit_transaction(20) if keep else (producer.flush(60), producer.abort_transaction(20))
             if per_second:
                 time.sleep(10 / per_second)
         assert producer.flush(120) == 0, "the broker did not take all events"
@@ -207,10 +208,10 @@ class World:
         found = self._client.list_consumer_group_offsets([group], request_timeout=10)[self.settings.group_id].result()
         return {(tp.topic, tp.partition): tp.offset for tp in found.topic_partitions or []}
 
-    async def settled(self, seconds: float = 60) -> None:
+    async def settled(self) -> None:
         """Both cursors of every partition stand behind the last event that was published: no more is to come of it."""
         wanted = dict(self.ends)
-        await until(lambda: self._is_settled(wanted), seconds, f"every event of {wanted} stored and projected")
+        await until(lambda: self._is_settled(wanted), f"every event of {wanted} stored and projected")
 
     async def _is_settled(self, wanted: Mapping[tuple[str, int], int]) -> bool:
         try:
@@ -233,7 +234,7 @@ async def plane(world: World, name: str, pipeline: Callable[[Any], Any] = Pipeli
     composed = await compose(world.settings, name, pipeline_of=pipeline)
     task = asyncio.create_task(composed.run(stop))
     try:
-        await until(lambda: task.done() or composed.pipeline.ready[0], 60, f"{name} serves")
+        await until(lambda: task.done() or composed.pipeline.ready[0], f"{name} serves")
         if task.done():
             task.result()
         yield composed.pipeline
@@ -340,14 +341,14 @@ def read_topic(bootstrap: str, topic: str, *, isolation: str = "read_committed")
 # ── waiting and asking ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def until(condition: Callable[[], Any | Awaitable[Any]], seconds: float, what: str) -> None:
+async def until(condition: Callable[[], Any | Awaitable[Any]], what: str) -> None:
     """Wait for a condition, sync or async; fail by name when it does not come. The time is a limit, never a measure."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         answer = condition()
         if await answer if isinstance(answer, Awaitable) else answer:
             return
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        assert time.monotonic() < deadline, f"not within {PATIENCE_SECONDS} s: {what}"
         await asyncio.sleep(0.05)
 
 

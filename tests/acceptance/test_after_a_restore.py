@@ -294,7 +294,7 @@ async def test_what_is_received_is_remembered_with_its_place(restored: Restored)
         await plane.open()
         running = asyncio.create_task(plane.run())
         try:
-            await asyncio.wait_for(plane.settled.wait(), 60)
+            await asyncio.wait_for(plane.settled.wait(), 120)
             here = Plane(plane, await connect(restored.backup), settings)
             command_id, value = kit.command(settings, "rotate", ACME)
             await plane.receive([ControlRecord(value=value, source=f"{settings.control.topic}/3/41")])

@@ -121,7 +121,7 @@ def test_events_that_are_converted_and_sealed_anew_are_found_too(world: World) -
     before = [(event["position"], event["value"]) for event in world.events("acme")]
     world.control()
     worker(world)
-    said = world.json("streams", "encrypt", "--tenant", "acme", "--class", "Aes", "--reason", "a test", "--wait", "60")
+    said = world.json("streams", "encrypt", "--tenant", "acme", "--class", "Aes", "--reason", "a test", "--wait", "100")
     assert (said["status"], said["events"]["resealed"]) == ("done", 3)
     forms = [
         tuple(row)

@@ -52,13 +52,13 @@ def test_publish_store_view_rotate_shred_and_every_list_in_the_contracts_shapes(
     (key,) = world.json("keys", "list", "--tenant", "acme")
     assert key.keys() == {"key_id", "key_version", "scope_kind", "scope_id", "state", "created_at", "uses"}
     assert (key["key_version"], key["scope_kind"], key["scope_id"], key["state"], key["uses"]) == (1, "stream", "aes-1", "active", 2)
-    receipt = world.json("rotate", "--tenant", "acme", "--stream", "aes-1", "--reason", "a test", "--wait", "30")
+    receipt = world.json("rotate", "--tenant", "acme", "--stream", "aes-1", "--reason", "a test", "--wait", "100")
     assert receipt.keys() >= RECEIPT
     assert (receipt["status"], receipt["scope"]) == ("done", {"tenant": "acme", "kind": "stream", "id": "aes-1"})
 
     # a shred: not without consent, then with
     assert world.cli("shred", "--tenant", "acme", "--reason", "a test").returncode == 2
-    receipt = world.json("shred", "--tenant", "acme", "--reason", "a test", "--yes", "--wait", "30")
+    receipt = world.json("shred", "--tenant", "acme", "--reason", "a test", "--yes", "--wait", "100")
     assert receipt.keys() >= RECEIPT
     assert (receipt["status"], receipt["scope"], receipt["events"]) == (
         "inaccessible",
@@ -85,7 +85,7 @@ def test_publish_store_view_rotate_shred_and_every_list_in_the_contracts_shapes(
 
     # a command that is not waited for, one that is rejected, one that never gets its receipt
     assert world.json("rotate", "--tenant", "globex", "--reason", "a test").keys() == {"command_id"}
-    rejected = world.json("rotate", "--tenant", "nobody", "--reason", "a test", "--wait", "30", code=1)
+    rejected = world.json("rotate", "--tenant", "nobody", "--reason", "a test", "--wait", "100", code=1)
     assert (rejected["status"], rejected["error"]["code"]) == ("rejected", "unknown_tenant")
     world.planes[0].stop()
     assert world.json("rotate", "--tenant", "globex", "--reason", "a test", "--wait", "0.5", code=4)["command_id"]

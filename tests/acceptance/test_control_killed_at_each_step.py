@@ -52,7 +52,7 @@ async def finished(database: Connection, command_id: UUID, settings: Settings) -
     """The receipts of the command on the topic, once it is done and its last one is published."""
     unfinished = """SELECT EXISTS (SELECT FROM commands WHERE finished_at IS NULL) OR NOT EXISTS (SELECT FROM commands WHERE command_id = $1)
                       OR EXISTS (SELECT FROM receipts WHERE published_at IS NULL)"""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while await database.fetchval(unfinished, command_id):
             await asyncio.sleep(0.05)
     return [receipt for receipt in kit.published(settings) if receipt["command_id"] == str(command_id)]
@@ -223,7 +223,7 @@ async def test_no_command_is_lost_over_many_kills(local_stack: LocalStack, datab
         finally:
             process.kill()
     with kit.control(config):
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while await db.fetchval("SELECT count(*) FROM commands WHERE finished_at IS NOT NULL") < len(ids):
                 await asyncio.sleep(0.1)
             while await db.fetchval("SELECT EXISTS (SELECT FROM receipts WHERE published_at IS NULL)"):
@@ -259,7 +259,7 @@ async def test_control_without_looking_on_the_topic_a_receipt_stands_there_twice
         process.kill()
     pool = await open_pool(database)
     outbox = asyncio.create_task(Outbox(pool, Blind(settings)).run())
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while await commands.unpublished(db):
             await asyncio.sleep(0.05)
     outbox.cancel()

@@ -62,7 +62,7 @@ async def test_the_guard_is_held_until_the_views_are_committed_and_given_back_th
         await world.settled()
         assert len(a.taken) == 3
         assert any(a.taken) is (pipeline is ReleasesEarly)  # the control is seen
-        await until(lambda: nobody_holds_the_guard(world), 10, "the guard is given back")
+        await until(lambda: nobody_holds_the_guard(world), "the guard is given back")
     await world.check()
 
 
@@ -77,7 +77,7 @@ async def nobody_holds_the_guard(world: World) -> bool:
 
 async def test_an_owner_whose_lease_was_taken_by_one_out_of_the_group_is_fenced_and_takes_it_back(world: World) -> None:
     async with plane(world, "a") as a:
-        await until(lambda: len(a.owned) == world.partitions, 20, "a owns all")
+        await until(lambda: len(a.owned) == world.partitions, "a owns all")
         before = telemetry.fenced.labels("lease")._value.get()
         await query(world.dsn, "UPDATE partition_leases SET epoch = epoch + 1, owner = 'late'")
         await asyncio.to_thread(world.publish, 200)
@@ -122,7 +122,7 @@ asyncio.run(main())
 async def test_what_was_stored_and_not_projected_is_projected_from_the_store(world: World) -> None:
     await asyncio.to_thread(world.publish, 60, prefix="cart-")
     dying = world.launch("a", main=DIES_BETWEEN_STORE_AND_VIEW)
-    assert await asyncio.to_thread(dying.process.wait, 60) == -signal.SIGKILL
+    assert await asyncio.to_thread(dying.process.wait, 120) == -signal.SIGKILL
     stored = await world.stored()
     assert stored and not harness.read_topic(world.bootstrap, world.view_topic)
     # so that it can be told where a view record came from
@@ -263,7 +263,7 @@ async def test_a_transaction_of_unknown_outcome_is_settled_by_the_cursors(world:
 async def test_sigterm_ends_an_instance_with_exit_0_and_hands_its_partitions_over(world: World) -> None:
     with world.start("a") as a:
         traffic = asyncio.create_task(asyncio.to_thread(world.publish, 3000, per_second=600))
-        await until(world.stored, 20, "a stores")
+        await until(world.stored, "a stores")
         with world.start("b"):
             assert await asyncio.to_thread(a.stop) == 0
             await traffic
@@ -279,11 +279,11 @@ async def test_a_topic_that_was_deleted_and_made_again_is_another_source(world: 
         await world.settled()
         client = AdminClient({"bootstrap.servers": world.bootstrap, "log_level": 0})
         client.delete_topics([world.topic])[world.topic].result()
-        await until(lambda: world.topic not in world.admin.describe([world.topic]), 20, "the topic is gone")
+        await until(lambda: world.topic not in world.admin.describe([world.topic]), "the topic is gone")
         assert world.admin.create(world.topic, world.partitions, {})
         world.ends.clear()
         await asyncio.to_thread(world.publish, 1200, prefix="new-")  # more than before: the old offsets exist again
-        await until(lambda: all_stored(world), 25, "all are stored")
+        await until(lambda: all_stored(world), "all are stored")
         await world.settled()
     await world.check()
 

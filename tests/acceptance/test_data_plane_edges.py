@@ -77,7 +77,7 @@ async def stored_and_gone(world: World) -> None:
     """Events were stored, not projected, and are in the topic no more; others come after them."""
     await asyncio.to_thread(world.publish, 60)
     dying = world.launch("a", main=DIES_BETWEEN_STORE_AND_VIEW)
-    assert await asyncio.to_thread(dying.process.wait, 60) == -signal.SIGKILL
+    assert await asyncio.to_thread(dying.process.wait, 120) == -signal.SIGKILL
     stored = await harness.query_all(world.dsn, "SELECT partition, next_offset FROM partition_leases WHERE next_offset > 0")
     assert stored and not harness.read_topic(world.bootstrap, world.view_topic)
     await delete_records(world, {row["partition"]: row["next_offset"] for row in stored})
@@ -132,7 +132,7 @@ async def publish_large(world: World, count: int, *, tenant: str = "tenant-0") -
         producer.produce(world.topic, value, stream, n % world.partitions, headers=[(f"ce_{name}", text) for name, text in headers.items()])
         world.expected.setdefault((tenant, stream), []).append(message_id)  # type: ignore[attr-defined]
         ids.append(message_id)
-    assert await asyncio.to_thread(producer.flush, 20) == 0
+    assert await asyncio.to_thread(producer.flush, 60) == 0
     return ids
 
 
@@ -143,7 +143,7 @@ async def test_a_record_that_the_views_broker_finds_too_large_is_a_dead_letter_a
         large = await publish_large(world, 3)
         await asyncio.to_thread(world.publish, 100)
         await world.settled()
-        await until(lambda: noted(world, 3), 30, "all three are dead letters")
+        await until(lambda: noted(world, 3), "all three are dead letters")
     faults = await world.faults()
     assert sorted(faults.lost_in_view) == sorted(large)
     assert not (faults.lost_in_store or faults.twice_in_view or faults.strangers)
@@ -173,7 +173,7 @@ async def test_a_replay_of_a_record_that_is_too_large_ends_also_without_its_leas
     world.admin.create(world.view_topic, 3, {"max.message.bytes": "5000"})
     (large,) = await publish_large(world, 1)
     dying = world.launch("a", main=DIES_BETWEEN_STORE_AND_VIEW)
-    assert await asyncio.to_thread(dying.process.wait, 60) == -signal.SIGKILL
+    assert await asyncio.to_thread(dying.process.wait, 120) == -signal.SIGKILL
     async with plane(world, "a", LosesItsPartitions) as a:
         await asyncio.to_thread(world.publish, 40)
         await world.settled()
@@ -205,12 +205,12 @@ class Stubborn:
 async def test_a_revocation_inside_a_seek_is_passed_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kafka_consumer, "SEEK_SECONDS", 60.0)
     async with plane(world, "a") as a:
-        await until(lambda: len(a.owned) == world.partitions, 20, "a owns all")
+        await until(lambda: len(a.owned) == world.partitions, "a owns all")
         await asyncio.to_thread(world.publish, 40)
         await world.settled()
         stubborn = a.source._consumer = Stubborn(a.source._consumer, world.partitions)
         a.reclaim(list(a.owned))
-        await until(lambda: stubborn.refused, 20, "a seeks")
+        await until(lambda: stubborn.refused, "a seeks")
         async with plane(world, "b"):
             await asyncio.to_thread(world.publish, 200)
             await world.settled()
@@ -242,7 +242,7 @@ async def test_a_stop_while_an_outcome_is_unknown_is_not_on_record_as_stopped(wo
     composed = await compose(world.settings, "a", pipeline_of=StopsMeanwhile)
     running = asyncio.create_task(composed.run(StopsMeanwhile.stop))
     await asyncio.to_thread(world.publish, 40)
-    await asyncio.wait_for(running, 60)
+    await asyncio.wait_for(running, 120)
     assert await query(world.dsn, "SELECT state FROM instances WHERE instance_id = 'a'") == state
     async with plane(world, "a"):
         await world.settled()

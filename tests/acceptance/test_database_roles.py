@@ -98,16 +98,16 @@ def test_both_planes_work_under_their_own_roles(made: Roles) -> None:
     world.run()
     world.control()
     fill(world)
-    assert world.json("rotate", "--tenant", "acme", "--reason", "r", "--wait", "60")["status"] == "done"
+    assert world.json("rotate", "--tenant", "acme", "--reason", "r", "--wait", "100")["status"] == "done"
     fill(world)
     events = world.json("events", "list", "--tenant", "acme")
     assert {event["status"] for event in events} == {"ok"}
     assert len(events) == 30
     assert {key["state"] for key in world.json("keys", "list", "--tenant", "acme")} == {"active", "retired"}
-    held = world.json("hold", "--tenant", "acme", "--reason", "r", "--wait", "60")
-    assert world.json("shred", "--tenant", "acme", "--reason", "r", "--yes", "--wait", "60", code=3)["error"]["code"] == "legal_hold"
-    world.json("release", "--hold", held["holds"][0], "--reason", "r", "--wait", "60")
-    receipt = world.json("shred", "--tenant", "acme", "--reason", "r", "--yes", "--include-plain", "--wait", "60")
+    held = world.json("hold", "--tenant", "acme", "--reason", "r", "--wait", "100")
+    assert world.json("shred", "--tenant", "acme", "--reason", "r", "--yes", "--wait", "100", code=3)["error"]["code"] == "legal_hold"
+    world.json("release", "--hold", held["holds"][0], "--reason", "r", "--wait", "100")
+    receipt = world.json("shred", "--tenant", "acme", "--reason", "r", "--yes", "--include-plain", "--wait", "100")
     assert (receipt["status"], receipt["events"]["unreadable"]) == ("inaccessible", 20)
     assert {event["status"] for event in world.json("events", "list", "--tenant", "acme")} <= {"erased"}
     assert {event["status"] for event in world.json("events", "list", "--tenant", "zeta")} == {"ok"}
@@ -117,7 +117,7 @@ def test_both_planes_work_under_their_own_roles(made: Roles) -> None:
     world.settle()
     find = ("events", "find", "--tenant", "zeta", "--field", "/email", "--value", "jane")
     assert [row["stream_id"] for row in world.json(*find)] == ["siv-1"]
-    world.json("shred", "--tenant", "zeta", "--stream", "siv-1", "--reason", "r", "--yes", "--wait", "60")
+    world.json("shred", "--tenant", "zeta", "--stream", "siv-1", "--reason", "r", "--yes", "--wait", "100")
     assert world.json(*find) == []
     until(lambda: world.value("SELECT count(*) FROM blind_index") == 0, "the control role to remove the rows")
     for words in (("receipts", "list"), ("audit", "tail"), ("audit", "verify"), ("status",), ("dlq", "list"), ("holds", "list"), ("policy", "list")):
@@ -138,10 +138,10 @@ def test_a_worker_seals_events_anew_under_a_role_of_its_own(made: Roles) -> None
     blocking(main)
     before = world.json("events", "list", "--tenant", "acme")
     for words in (("rotate",), ("reencrypt", "--split")):
-        done = world.json(*words, "--tenant", "acme", "--reason", "r", "--wait", "60")
+        done = world.json(*words, "--tenant", "acme", "--reason", "r", "--wait", "100")
         assert done["status"] == "done"
     assert done["events"] == {"resealed": 10, "left": 0, "chunks": 1}
-    copied = world.json("reencrypt", "--tenant", "acme", "--stream", "aes-1", "--into", "aes-7", "--reason", "r", "--wait", "60")
+    copied = world.json("reencrypt", "--tenant", "acme", "--stream", "aes-1", "--into", "aes-7", "--reason", "r", "--wait", "100")
     assert copied["events"]["resealed"] == 5
     assert [event for event in world.json("events", "list", "--tenant", "acme") if event["stream_id"] != "aes-7"] == before
 
@@ -213,7 +213,7 @@ def test_a_data_plane_that_holds_on_to_the_guard_is_fenced_by_a_control_role(mad
     world.control()
     fill(world)
     stopped.signal(signal.SIGSTOP)
-    receipt = world.json("shred", "--tenant", "acme", "--reason", "r", "--yes", "--wait", "60")
+    receipt = world.json("shred", "--tenant", "acme", "--reason", "r", "--yes", "--wait", "100")
     assert receipt["status"] == "inaccessible"
     assert len(receipt["instances"]) == 1
 
@@ -317,7 +317,7 @@ def test_a_reader_sees_the_tenant_of_its_session_and_without_one_nothing(made: R
     world.control()
     fill(world)
     for tenant in ("acme", "zeta"):
-        world.json("hold", "--tenant", tenant, "--reason", "r", "--wait", "60")
+        world.json("hold", "--tenant", tenant, "--reason", "r", "--wait", "100")
     for table in WALLED:
         query = f"SELECT DISTINCT tenant_id FROM {table} ORDER BY 1"
         assert [row[0] for row in made.as_("reader", query, tenant="acme")] == ["acme"], table
@@ -350,7 +350,7 @@ def test_a_reader_of_one_tenant_is_not_told_that_the_database_lacks_what_befell_
     world.run()
     world.control()
     fill(world)
-    assert world.json("shred", "--tenant", "zeta", "--reason", "r", "--yes", "--wait", "60")["status"] == "inaccessible"
+    assert world.json("shred", "--tenant", "zeta", "--reason", "r", "--yes", "--wait", "100")["status"] == "inaccessible"
     document = json.loads(world.config.read_text())
     document["postgres"]["dsn_reader"] = made.dsn("reader", f"search_path={made.prefix}_reader,public&sidecar.tenant=acme")
     world.config.write_text(json.dumps(document))

@@ -108,7 +108,7 @@ def test_ctrl_c_leaves_no_process_and_no_file_behind(folder: Path, moment: str) 
     with demo:
         assert any(moment in line for line in demo.stdout), f"the demo never said {moment!r}"
         demo.send_signal(signal.SIGINT)
-        _, said = demo.communicate(timeout=60)
+        _, said = demo.communicate(timeout=120)
     assert demo.returncode == 130
     assert said.strip().startswith("interrupted at step ")
     none_is_left(folder)

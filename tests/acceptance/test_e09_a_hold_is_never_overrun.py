@@ -80,7 +80,7 @@ async def control_plane(stack: LocalStack, dsn: str, folder: Path, name: str) ->
     await plane.open()
     running = asyncio.create_task(plane.run())
     try:
-        await asyncio.wait_for(plane.settled.wait(), 60)
+        await asyncio.wait_for(plane.settled.wait(), 120)
         yield Plane(plane, database, settings)
     finally:
         running.cancel()
@@ -191,7 +191,7 @@ async def test_a_hold_on_a_tenant_that_is_gone_is_refused_although_the_grace_of_
     await kit.seed(plane.database, "acme", {"own": "E", "other": "F"})
     await plane.carry_out("shred", Scope(tenant="acme", kind=ScopeKind.STREAM, id="own"), options={"grace": "30d"})
     await plane.carry_out("shred", ACME, options={"grace": "1s"})
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while await plane.database.fetchval("SELECT count(*) FROM quarantined_keys WHERE key_id IS NULL"):  # noqa: ASYNC110 (no event says so)
             await asyncio.sleep(0.05)
     assert await plane.database.fetchval("SELECT count(*) FROM quarantined_keys") == 1

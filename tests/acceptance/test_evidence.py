@@ -51,7 +51,7 @@ def offline(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """The command line as an auditor has it: no configuration, no database, no broker."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SIDECAR_")}
     command = [sys.executable, "-m", "sidecar", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=folder, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=folder, check=False)
 
 
 def payload(file: Path, key: Path) -> dict[str, Any]:

@@ -67,7 +67,7 @@ async def test_nothing_is_lost_twice_or_out_of_order_over_kills_of_two_instances
             instances[name].kill()
             instances[name] = world.launch(name)
         await traffic
-        await world.settled(120)
+        await world.settled()
         assert frozen
     finally:
         harness.stop_all(instances.values())
@@ -102,7 +102,7 @@ class Overtaken(Pipeline):
             ends = {row["partition"]: row["next_offset"] for row in rows}
             return any(ends[move.partition] >= move.end for move in work.moves.values())
 
-        await until(overtaken, 30, "another instance stores what this one holds")
+        await until(overtaken, "another instance stores what this one holds")
         try:
             await super()._commit(work)
         finally:
@@ -114,11 +114,11 @@ async def overtake(world: World) -> None:
     Overtaken.dsn = world.dsn
     async with AsyncExitStack() as of_b:
         async with plane(world, "a", Overtaken) as a:
-            await until(lambda: len(a.owned) == world.partitions, 20, "a owns all")
+            await until(lambda: len(a.owned) == world.partitions, "a owns all")
             await asyncio.to_thread(world.publish, 200)
-            await until(lambda: a.held, 20, "a holds a batch")
+            await until(lambda: a.held, "a holds a batch")
             await of_b.enter_async_context(plane(world, "b"))
-            await until(lambda: a.gone_on, 60, "a goes on")
+            await until(lambda: a.gone_on, "a goes on")
         await world.settled()
 
 
@@ -167,7 +167,7 @@ async def outsider(world: World) -> AsyncIterator[None]:
     consumer.subscribe([world.topic], on_assign=lambda c, partitions: (c.incremental_assign(partitions), c.pause(partitions)))
     task = asyncio.create_task(member())
     try:
-        await until(consumer.assignment, 20, "the outsider has partitions")
+        await until(consumer.assignment, "the outsider has partitions")
         yield
     finally:
         gone.set()
@@ -188,7 +188,7 @@ async def test_no_view_record_comes_twice_over_rebalances_in_mid_batch(world: Wo
         while Slow.interrupted < REBALANCES:
             async with outsider(world):
                 await asyncio.sleep(0.1)
-            await until(lambda: len(a.owned) + len(b.owned) == world.partitions, 20, "all partitions are owned again")
+            await until(lambda: len(a.owned) + len(b.owned) == world.partitions, "all partitions are owned again")
         going = False
         await publishing
         await world.settled()
@@ -213,7 +213,7 @@ class Late(Pipeline):
             committed = await asyncio.to_thread(self.world.committed)
             return any(committed.get(at, 0) >= end for at, end in ends.items())
 
-        await until(overtaken, 30, "another instance projects what this one holds")
+        await until(overtaken, "another instance projects what this one holds")
         try:
             await super()._project(work)
         finally:
@@ -240,11 +240,11 @@ async def hold_over_a_rebalance(world: World, pipeline: type[Late]) -> None:
     pipeline.world = world
     async with AsyncExitStack() as of_b:
         async with plane(world, "a", pipeline) as a:
-            await until(lambda: len(a.owned) == world.partitions, 20, "a owns all")
+            await until(lambda: len(a.owned) == world.partitions, "a owns all")
             await asyncio.to_thread(world.publish, 40)
-            await until(lambda: a.held, 20, "a holds a batch between store and view")
+            await until(lambda: a.held, "a holds a batch between store and view")
             await of_b.enter_async_context(plane(world, "b"))
-            await until(lambda: a.gone_on, 60, "a goes on")
+            await until(lambda: a.gone_on, "a goes on")
         await world.settled()
 
 

@@ -104,7 +104,7 @@ async def test_a_consumer_mails_each_customer_once_and_nobody_who_was_forgotten(
             if len(mailed) == count:
                 stop.set()
 
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             await consumer.welcome(library, send, stop)
 
     await until(2)

@@ -195,7 +195,7 @@ def test_a_topic_written_with_transactions_gives_the_committed_records_without_g
         for part in range(3):
             kept = shared.delivered if n % 3 != 1 else None
             producer.produce(shared.topic("in"), b"%d.%d" % (n, part), partition=1, headers=headers, on_delivery=kept)
-        producer.flush(20)
+        producer.flush(60)
         if n % 3 == 1:
             producer.abort_transaction(20)
         else:

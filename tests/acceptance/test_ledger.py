@@ -238,7 +238,7 @@ def entry(world: World, scope: Scope, **changes: Any) -> Entry:
 def put(world: World, said: Entry, envelope: bytes) -> None:
     producer = Producer(client_config(world.settings, acks="all"))
     producer.produce(world.topic("ledger"), envelope, key_of(said.deployment, said.entry_id))
-    assert producer.flush(20) == 0
+    assert producer.flush(60) == 0
 
 
 def test_a_database_on_another_server_or_timeline_is_refused_although_it_lacks_nothing(world: World) -> None:

@@ -57,7 +57,7 @@ async def values(library: Library, stream: str = "aes-1") -> list[Any]:
 
 
 async def until(holds: Callable[[], Any]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while not await holds():  # noqa: ASYNC110 (several parties have a say in it)
             await asyncio.sleep(0.05)
 
@@ -73,7 +73,7 @@ async def test_more_workers_than_connections_do_not_wait_for_each_other(library:
             for n in range(3):
                 await library.store.append_to_stream(f"aes-{number}", [event(n)], tenant=f"tenant-{number % 5}", session=session)
 
-    async with asyncio.timeout(100):
+    async with asyncio.timeout(120):
         await asyncio.gather(*(work(number) for number in range(40)))
     assert await library.plain.pool.fetchval("SELECT count(*) FROM messages WHERE data_encrypted IS NOT NULL") == 120
 

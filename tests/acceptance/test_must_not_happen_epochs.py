@@ -282,7 +282,7 @@ def being_made(world: World, tenant: str) -> Iterator[Callable[[], None]]:
 
     def hold() -> None:
         opened.set()
-        commit.wait(60)
+        commit.wait(120)
 
     async def main() -> None:
         assert await store(world, await wrapped_now(world, tenant), hold) == "stored"
@@ -293,7 +293,7 @@ def being_made(world: World, tenant: str) -> Iterator[Callable[[], None]]:
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
-    assert opened.wait(60)
+    assert opened.wait(120)
     try:
         yield finish
     finally:

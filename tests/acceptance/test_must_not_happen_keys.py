@@ -46,7 +46,7 @@ class Held(Deaf):
     async def _stand(self) -> None:
         if not self.there.is_set():
             self.there.set()
-            await asyncio.to_thread(self.go_on.wait, 60)
+            await asyncio.to_thread(self.go_on.wait, 120)
 
 
 class Careless(CleanUp):
@@ -90,7 +90,7 @@ def clean_up_beside_a_warm_cache(world: World, at: str, kind: type[CleanUp]) -> 
         if at:
             world.event(world.topic("in"), b"late", stream="class-1", id="late")
             world.flush()
-            assert there.wait(30)
+            assert there.wait(120)
         found = clean(world, kind)
         go_on.set()
         world.event(world.topic("in"), b"later", stream="class-1")

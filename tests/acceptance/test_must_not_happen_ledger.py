@@ -210,7 +210,7 @@ async def test_02_a_batch_that_is_about_to_store_the_next_version_loses_to_the_s
     async def stands(connection: Connection, made: Any, *more: Any) -> None:
         if any(row.name.version == 2 for row in made.deks) and not there.is_set():
             there.set()
-            await asyncio.to_thread(go_on.wait, 60)
+            await asyncio.to_thread(go_on.wait, 120)
         await insert(connection, made, *more)
 
     monkeypatch.setattr(fresh, "insert", stands)
@@ -234,7 +234,7 @@ async def test_02_a_batch_that_is_about_to_store_the_next_version_loses_to_the_s
             asyncio.run(command("rotate"))
             world.event(world.topic("in"), b"new", tenant="t0", stream="aes-1")
             world.flush()
-            assert there.wait(30)
+            assert there.wait(120)
             asyncio.run(command("shred"))
             go_on.set()
             world.settle()

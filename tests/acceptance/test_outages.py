@@ -36,10 +36,10 @@ async def under_traffic(world: World, events: int, per_second: float) -> AsyncIt
     """The block runs beside traffic and an instance; after it both cursors come to the end."""
     with world.start("a") as a:
         traffic = asyncio.create_task(asyncio.to_thread(world.publish, events, per_second=per_second))
-        await until(world.stored, 30, "a stores")
+        await until(world.stored, "a stores")
         yield a
         await traffic
-        await world.settled(40)
+        await world.settled()
         assert a.process.poll() is None
         assert a.stop() == 0
     await world.check()
@@ -72,7 +72,7 @@ async def test_while_the_kms_is_away_nothing_is_written_for_a_new_tenant_and_its
         before = await world.stored()
         world.key_file.rename(away)
         await asyncio.to_thread(world.publish, 60, tenants=5)  # two of them without a key
-        await until(lambda: len(a.said("recover")) >= 4, 30, "a waits, and tries again")
+        await until(lambda: len(a.said("recover")) >= 4, "a waits, and tries again")
         written = await harness.query_all(world.dsn, "SELECT DISTINCT tenant_id FROM messages")
         assert {row["tenant_id"] for row in written} == {"tenant-0", "tenant-1", "tenant-2"}
         assert await world.stored() == before  # the whole partition waits: order is kept

@@ -89,7 +89,7 @@ async def running(config: Path) -> AsyncIterator[None]:
     )
     assert plane.stderr
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while not (line := await plane.stderr.readline()).startswith(b"ready"):
                 assert line, "the data plane ended"
         yield

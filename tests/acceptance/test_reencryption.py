@@ -85,7 +85,7 @@ def test_an_algorithm_that_policy_changes_reaches_the_old_events_too(world: Worl
 
     asyncio.run(change())
     opened = world.events("acme")
-    said = world.json("reencrypt", "--tenant", "acme", "--class", "Aes", "--reason", "a test", "--wait", "60")
+    said = world.json("reencrypt", "--tenant", "acme", "--class", "Aes", "--reason", "a test", "--wait", "100")
     assert (said["status"], said["events"]["resealed"]) == ("done", 30)
     assert {use[2] for use in keys_in_use(world, "aes-1")} == {"ChaCha20-Poly1305"}
     assert world.events("acme") == opened
@@ -98,7 +98,7 @@ def test_a_stream_that_is_split_off_a_shared_key_can_be_shredded_alone(world: Wo
     world.control()
     worker(world)
     assert world.carry_out("shred", of_stream("class-1"))["error"]["code"] == "shared_key"
-    said = world.json("reencrypt", "--tenant", "acme", "--stream", "class-1", "--split", "--reason", "a test", "--wait", "60")
+    said = world.json("reencrypt", "--tenant", "acme", "--stream", "class-1", "--split", "--reason", "a test", "--wait", "100")
     assert (said["status"], said["events"]["resealed"]) == ("done", 20)
     asyncio.run(fill(world, {"class-1": 5}))
     assert {use[3] for use in keys_in_use(world, "class-1")} == {"stream"}, "what came later is under the stream's own key too"
@@ -190,7 +190,7 @@ def test_a_chunk_of_a_killed_worker_is_done_by_another(world: World, dies_at: st
     assert world.carry_out("rotate", ACME)["status"] == "done"
     first = worker(world, "first", dies_at=dies_at)
     command_id = world.json("reencrypt", "--tenant", "acme", "--reason", "a test")["command_id"]
-    assert first.process.wait(60) == -9, first.text()[-2000:]
+    assert first.process.wait(120) == -9, first.text()[-2000:]
     control.kill()
     world.control()
     worker(world, "second")
@@ -209,7 +209,7 @@ def test_a_control_plane_that_is_killed_leaves_a_re_encryption_that_the_next_one
     first.stop()
     dying = world.start("control", code=DIES.format(dies_at)).wait_ready()
     command_id = world.json("reencrypt", "--tenant", "acme", "--reason", "a test")["command_id"]
-    assert dying.process.wait(60) == -9, dying.text()[-2000:]
+    assert dying.process.wait(120) == -9, dying.text()[-2000:]
     world.control()
     worker(world)
     assert world.receipt(command_id, ("done",))["events"]["resealed"] == 10
@@ -271,7 +271,7 @@ def test_a_stream_is_copied_into_a_new_one_which_outlives_it(world: World) -> No
     world.control()
     worker(world)
     before = bytes_of(world)
-    into = ("reencrypt", "--tenant", "acme", "--stream", "aes-1", "--into", "aes-2", "--reason", "a test", "--wait", "60")
+    into = ("reencrypt", "--tenant", "acme", "--stream", "aes-1", "--into", "aes-2", "--reason", "a test", "--wait", "100")
     assert world.json(*into)["events"] == {"resealed": 600, "left": 0, "chunks": 1}
     assert told(world, "aes-2") == told(world, "aes-1")
     assert sorted(before) == sorted(bytes(r[0]) for r in world.sql("SELECT data_encrypted FROM messages WHERE stream_id <> 'aes-2'")), "as it was"

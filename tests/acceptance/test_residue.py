@@ -32,7 +32,6 @@ from tests.acceptance.world import World, until
 
 ACME = Scope.of_tenant("acme")
 NO_BACKUPS = {"database_days": 0, "keystore_days": 0, "wal_days": 0}
-PATIENCE = 60
 
 
 def view_of(name: str, **changes: Any) -> dict[str, Any]:
@@ -54,7 +53,7 @@ def done(world: World, receipt: dict[str, Any], kind: str) -> dict[str, Any]:
         return rows if rows and all(row["state"] == "done" for row in rows) else None
 
     try:
-        return until(looked, f"residue {kind} to end", PATIENCE)[-1]["details"]  # type: ignore[index]
+        return until(looked, f"residue {kind} to end")[-1]["details"]  # type: ignore[index]
     except AssertionError as error:
         logs = "\n".join(plane.text()[-1500:] for plane in world.planes)
         raise AssertionError(f"{error}; it stands at {residue_of(world, receipt['command_id'])}\n{logs}") from None

@@ -146,7 +146,7 @@ class Late(Pipeline):
     async def _project(self, work: Any) -> None:
         if any(headers_of(outgoing).get("ce_id") == b"late" for outgoing in work.outgoing):
             self.there.set()
-            await asyncio.to_thread(self.go_on.wait, 60)
+            await asyncio.to_thread(self.go_on.wait, 120)
         await super()._project(work)
 
 
@@ -159,7 +159,7 @@ def shred_between_store_and_view(world: World) -> tuple[Scope, dict[str, Any]]:
         world.settle()
         world.event(world.topic("in"), b"late", stream="aes-1", id="late")
         world.flush()
-        assert there.wait(20)
+        assert there.wait(120)
         receipt = world.carry_out("shred", scope)
         go_on.set()
         world.settle()

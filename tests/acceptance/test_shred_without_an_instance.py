@@ -36,7 +36,7 @@ class Wire:
     def laid(self) -> Iterator["Wire"]:
         up, thread = threading.Event(), threading.Thread(target=lambda: asyncio.run(self._serve(up)))
         thread.start()
-        up.wait(10)
+        up.wait(120)
         try:
             yield self
         finally:

@@ -40,7 +40,7 @@ class User:
 
     def refused(self, *words: str, key: str | None = None) -> str:
         """The code of a command that is not allowed: exit 3."""
-        code: str = self.json(*words, "--wait", "40", code=3, key=key)["error"]["code"]
+        code: str = self.json(*words, "--wait", "100", code=3, key=key)["error"]["code"]
         return code
 
 
@@ -95,9 +95,9 @@ def test_init_makes_keys_that_only_their_owner_may_read_and_an_own_issuer(user: 
 
 def test_who_may_command_what_and_with_whose_approval(served: User) -> None:
     user = served
-    rotated = user.json("rotate", "--tenant", "acme", "--reason", "r", "--wait", "40")
+    rotated = user.json("rotate", "--tenant", "acme", "--reason", "r", "--wait", "100")
     assert (rotated["status"], rotated["keys"]["count"]) == ("done", 2)
-    assert user.json("rotate", "--tenant", "zeta", "--reason", "r", "--key", "keys/rotator", "--wait", "40")["status"] == "done"
+    assert user.json("rotate", "--tenant", "zeta", "--reason", "r", "--key", "keys/rotator", "--wait", "100")["status"] == "done"
     assert user.refused("rotate", "--tenant", "acme", "--reason", "r", key="keys/stranger") == "unknown_issuer"
     assert user.refused("rotate", "--tenant", "zeta", "--reason", "r", key="keys/dpo") == "not_permitted"
     assert user.refused("hold", "--tenant", "acme", "--reason", "r", key="keys/rotator") == "not_permitted"
@@ -112,9 +112,9 @@ def test_who_may_command_what_and_with_whose_approval(served: User) -> None:
     assert len(signed["signatures"]) == 3
     shown = user.json("command", "show", "request.json")
     assert (shown["verdict"], [s["issuer"] for s in shown["signatures"]]) == (None, ["developer", "rotator", "dpo"])
-    receipt = user.json("command", "send", "request.json", "--wait", "40")
+    receipt = user.json("command", "send", "request.json", "--wait", "100")
     assert (receipt["status"], receipt["command_id"]) == ("inaccessible", prepared["command_id"])
-    again = user.json("command", "send", "request.json", "--wait", "40")
+    again = user.json("command", "send", "request.json", "--wait", "100")
     assert again["receipt_id"] == receipt["receipt_id"]
 
 
@@ -131,7 +131,7 @@ def test_an_altered_file_is_refused(served: User) -> None:
 
 def test_a_hold_is_placed_listed_and_released(served: User) -> None:
     user = served
-    placed = user.json("hold", "--tenant", "acme", "--stream", "a", "--reason", "Case 7/26", "--wait", "40")
+    placed = user.json("hold", "--tenant", "acme", "--stream", "a", "--reason", "Case 7/26", "--wait", "100")
     assert placed["status"] == "done"
     (held,) = user.json("holds", "list")
     assert (held["hold_id"], held["tenant_id"], held["scope_kind"], held["scope_id"], held["reason"]) == (
@@ -143,15 +143,15 @@ def test_a_hold_is_placed_listed_and_released(served: User) -> None:
     )
     user.json("shred", "--tenant", "acme", "--reason", "Art. 17", "--yes", "--out", "request.json")
     user.json("command", "sign", "request.json", key="keys/dpo")
-    refused = user.run("-o", "json", "command", "send", "request.json", "--wait", "40")
+    refused = user.run("-o", "json", "command", "send", "request.json", "--wait", "100")
     assert (refused.returncode, json.loads(refused.stdout)["error"]["code"]) == (3, "legal_hold")
     assert "Case 7/26" in refused.stderr
-    released = user.json("release", "--hold", held["hold_id"], "--reason", "case closed", "--wait", "40")
+    released = user.json("release", "--hold", held["hold_id"], "--reason", "case closed", "--wait", "100")
     assert released["holds"] == placed["holds"]
     assert user.json("holds", "list") == []
     (ended,) = user.json("holds", "list", "--released", "--tenant", "acme")
     assert ended["released_by"] == released_by(ended)
-    user.json("release", "--tenant", "acme", "--stream", "a", "--reason", "again", "--wait", "40", code=1)
+    user.json("release", "--tenant", "acme", "--stream", "a", "--reason", "again", "--wait", "100", code=1)
     assert user.run("release", "--hold", held["hold_id"], "--reason", "again").returncode == 1
 
 

@@ -53,7 +53,7 @@ def test_plain_events_are_sealed_in_place_and_read_as_before(world: World) -> No
     world.start("worker", "--instance-id", "one").wait_ready()
     before, opened = stored(world), world.events("acme")
     assert plaintext(world) == 904
-    said = world.json("streams", "encrypt", "--class", "Old", "--reason", "a test", "--wait", "60")
+    said = world.json("streams", "encrypt", "--class", "Old", "--reason", "a test", "--wait", "100")
     assert (said["status"], said["events"]["resealed"], said["events"]["left"]) == ("done", 904, 0)
     assert plaintext(world) == 0
     assert (stored(world), world.events("acme")) == (before, opened)
@@ -65,7 +65,7 @@ def test_a_class_that_policy_leaves_plain_stays_plain(world: World) -> None:
     asyncio.run(prepare(world, decided=False))
     world.control()
     world.start("worker", "--instance-id", "one").wait_ready()
-    said = world.json("streams", "encrypt", "--class", "Old", "--tenant", "acme", "--reason", "a test", "--wait", "60")
+    said = world.json("streams", "encrypt", "--class", "Old", "--tenant", "acme", "--reason", "a test", "--wait", "100")
     assert (said["status"], said["events"]["resealed"]) == ("done", 0)
     assert plaintext(world) == 904
 
@@ -76,7 +76,7 @@ def test_a_killed_conversion_is_readable_throughout_and_is_ended_by_another_work
     before, opened = stored(world), world.events("acme")
     dying = world.start("worker", "--instance-id", "first", code=DIES.format("worker:rows"))
     command_id = world.json("streams", "encrypt", "--class", "Old", "--reason", "a test")["command_id"]
-    assert dying.process.wait(60) == -9, dying.text()[-2000:]
+    assert dying.process.wait(120) == -9, dying.text()[-2000:]
     assert 0 < plaintext(world) < 904
     assert world.events("acme") == opened, "half of it is sealed, all of it opens"
     world.start("worker", "--instance-id", "second").wait_ready()

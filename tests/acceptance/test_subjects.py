@@ -217,7 +217,7 @@ def test_published_from_the_command_line_with_a_person_and_shredded_from_it(worl
     world.sent = {}
     until(lambda: len(world.events("acme")) == 2, "both events")
     assert [row["status"] for row in world.json("events", "list", "--tenant", "acme", "--subject", "jane")] == ["ok"]
-    receipt = world.json("shred", "--tenant", "acme", "--subject", "jane", "--reason", "Art. 17", "--yes", "--wait", "30")
+    receipt = world.json("shred", "--tenant", "acme", "--subject", "jane", "--reason", "Art. 17", "--yes", "--wait", "100")
     assert (receipt["status"], receipt["scope"]) == ("inaccessible", {"tenant": "acme", "kind": "subject", "id": "jane"})
     assert [row["status"] for row in world.json("events", "list", "--tenant", "acme")] == ["erased", "ok"]
     assert world.cli("shred", "--tenant", "acme", "--subject", "jane", "--stream", "aes-1", "--reason", "r", "--yes").returncode == 2

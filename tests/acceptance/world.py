@@ -36,10 +36,10 @@ from sidecar.postgres import migrations
 from sidecar.postgres.connection import connect, open_pool
 from sidecar.settings import Settings, load
 from sidecar.testing import control_plane as kit
+from sidecar.testing.control_plane import PATIENCE_SECONDS
 from sidecar.testing.local_stack import LocalStack
 
 T = TypeVar("T")
-PATIENCE_SECONDS = 120
 Headers = Sequence[tuple[str, bytes | None]]
 
 
@@ -138,7 +138,9 @@ class World:
 
     def cli(self, *words: str, stdin: bytes = b"", environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-m", "sidecar", "--config", str(self.config), *words]
-        return subprocess.run(command, input=stdin, capture_output=True, timeout=60, env=dict(os.environ) | (environment or {}), check=False)
+        return subprocess.run(
+            command, input=stdin, capture_output=True, timeout=PATIENCE_SECONDS, env=dict(os.environ) | (environment or {}), check=False
+        )
 
     def json(self, *words: str, code: int = 0) -> Any:
         """What a command says on stdout, which must be JSON alone."""
@@ -341,7 +343,7 @@ def in_process(world: World, pipeline: Callable[..., Pipeline], instance: str = 
         for loop, stop in running:
             with suppress(RuntimeError):  # it died: its loop is closed
                 loop.call_soon_threadsafe(stop.set)
-        thread.join(60)
+        thread.join(PATIENCE_SECONDS)
     assert bool(failures) is dies, failures
 
 

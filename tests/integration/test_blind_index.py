@@ -152,7 +152,7 @@ async def test_no_row_outlives_its_event(library: Library) -> None:
 async def test_an_index_key_that_cannot_be_opened_is_an_error_and_no_endless_search(library: Library) -> None:
     await append(library, "p-1", {"email": "jane"})
     await library.plain.pool.execute("UPDATE encryption_keys SET kek_version = 9 WHERE scope_id = '#blind-index'")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         with pytest.raises(UnknownKey):
             await found(library, "jane")
 

@@ -58,7 +58,7 @@ async def running(consumer: EventConsumer, handler: Handler) -> AsyncIterator[No
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(120):
         while not holds():  # noqa: ASYNC110 (several parties have a say in it)
             await asyncio.sleep(0.02)
 
@@ -187,7 +187,7 @@ async def test_a_consumer_does_not_look_again_at_what_it_has_passed_without_a_ma
     await append(store, 0, 30)
     async with running(EventConsumer("c", store, classes=["Mine"]), seen):
         await until(lambda: len(seen.ids) == 1)
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(120):
             while await behind(store, "c"):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         await append(store, 30, 5)
@@ -246,7 +246,7 @@ async def test_a_consumer_is_woken_by_an_append(store: PostgresEventStore, monke
     """Polling alone would take longer than the test waits. A transaction of anybody's may hold an event back, so one wake-up may find nothing."""
     monkeypatch.setattr("sidecar.consumer.POLL_SECONDS", 1000.0)
     seen = Seen()
-    async with running(EventConsumer("c", store), seen), asyncio.timeout(60):
+    async with running(EventConsumer("c", store), seen), asyncio.timeout(120):
         for number in count():
             await append(store, number, 1)
             await asyncio.sleep(0.5)

@@ -25,7 +25,7 @@ def sidecar(config: Path, *words: str) -> tuple[int, Any, str]:
     """-> exit code, what stdout is as JSON (None: nothing), stderr."""
     environment = dict(os.environ) | {"SIDECAR_CONFIG": str(config)}
     done = subprocess.run(
-        [sys.executable, "-m", "sidecar", *words], capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, timeout=60
+        [sys.executable, "-m", "sidecar", *words], capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, timeout=120
     )
     return done.returncode, json.loads(done.stdout) if done.stdout.strip() else None, done.stderr
 
@@ -49,7 +49,7 @@ async def test_a_day_with_the_command_line(
 ) -> None:
     config = kit.write_config(tmp_path, settings_of(local_stack, database, unique("cli")))
     with kit.control(config):
-        code, receipt, _ = sidecar(config, "rotate", "--tenant", "acme", "--stream", "a", "--reason", "leak?", "--wait", "20")
+        code, receipt, _ = sidecar(config, "rotate", "--tenant", "acme", "--stream", "a", "--reason", "leak?", "--wait", "100")
         assert (code, receipt["status"], receipt["keys"]["count"], receipt["scope"]) == (
             0,
             "done",
@@ -58,10 +58,10 @@ async def test_a_day_with_the_command_line(
         )
         code, published, _ = sidecar(config, "rotate", "--tenant", "acme", "--class", "C", "--reason", "leak?")
         assert (code, list(published)) == (0, ["command_id"])
-        code, receipt, _ = sidecar(config, "shred", "--tenant", "acme", "--reason", "Art. 17", "--yes", "--wait", "20", "--ticket", "GDPR-1")
+        code, receipt, _ = sidecar(config, "shred", "--tenant", "acme", "--reason", "Art. 17", "--yes", "--wait", "100", "--ticket", "GDPR-1")
         assert (code, receipt["status"]) == (0, "inaccessible")
         shredded = receipt["command_id"]
-        code, receipt, error = sidecar(config, "rotate", "--tenant", "nobody", "--reason", "r", "--wait", "20", "-o", "json")
+        code, receipt, error = sidecar(config, "rotate", "--tenant", "nobody", "--reason", "r", "--wait", "100", "-o", "json")
         assert (code, receipt["error"]["code"]) == (1, "unknown_tenant")
         assert "unknown_tenant" in error
         code, receipts, _ = sidecar(config, "receipts", "list", "--command", shredded)
@@ -114,7 +114,7 @@ async def test_a_command_that_nobody_carries_out_is_pending(
     assert (code, list(out)) == (4, ["command_id"])
     assert out["command_id"] in error
     with kit.control(config):
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while sidecar(config, "receipts", "get", out["command_id"])[1] is None:
                 await asyncio.sleep(0.1)
 
@@ -147,6 +147,6 @@ async def test_everything_goes_over_scram(
     kafka = {"bootstrap_servers": local_stack.sasl_bootstrap_servers, "security": security}
     config = kit.write_config(tmp_path, settings_of(local_stack, database, unique("scram"), kafka))
     with kit.control(config) as process:
-        code, receipt, _ = sidecar(config, "shred", "--tenant", "acme", "--reason", "r", "--yes", "--wait", "20")
+        code, receipt, _ = sidecar(config, "shred", "--tenant", "acme", "--reason", "r", "--yes", "--wait", "100")
         assert (code, receipt["status"]) == (0, "inaccessible")
         assert password not in process.log.read_text()

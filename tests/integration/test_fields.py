@@ -44,7 +44,7 @@ async def stored(library: Library) -> list[dict[str, Any]]:
 
 async def all_of(library: Library, count: int) -> list[Any]:
     """Transactions of others on the same server hold up the global order; they end."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while len(found := await library.store.read_all(tenant="acme")) < count:  # noqa: ASYNC110 (other databases' transactions count too)
             await asyncio.sleep(0.05)
     return [event for _, event in found]
@@ -203,7 +203,7 @@ async def test_a_consumer_gets_the_documents_restored(library: Library, policy: 
         if len(seen) == 2:
             stop.set()
 
-    await asyncio.wait_for(library.consumer("c", tenant="acme").run(handler, stop), 60)
+    await asyncio.wait_for(library.consumer("c", tenant="acme").run(handler, stop), 120)
     assert seen == [JANE, {}]
 
 

@@ -169,7 +169,7 @@ async def test_what_is_forgotten_reads_as_erased_and_is_refused(library: Library
             await library.store.aggregate_stream("user-1", lambda n, _: n + 1, 0, tenant="acme")
         held, value = kit.command(settings, "hold", Scope.of_tenant("acme"))
         kit.send(settings, value)
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(120):
             while await library.plain.pool.fetchval("SELECT count(*) FROM receipts WHERE command_id = $1 AND status = 'done'", held) == 0:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         assert not await library.shredding.is_data_forgettable("acme")

@@ -278,7 +278,7 @@ def test_interrupted_start_leaves_no_process(directory: Path, number: int) -> No
                 break
         process.send_signal(number)
         process.stderr.read()
-        assert process.wait(60) != 0
+        assert process.wait(120) != 0
     assert processes_of(directory) == []
 
 
