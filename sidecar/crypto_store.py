@@ -358,12 +358,13 @@ class CryptoEventStore:
 
 
 def _persons(held: Held, events: Sequence[NewEvent], values: Sequence[bytes | None]) -> list[str | None]:
-    """Whom each event is about, where policy seals by person: by its extractor, to which `subject` is the header ce_subjectid."""
+    """Whom each event is about. Where policy seals by person and does not look into the value, that is `subject`: it comes as a header from Kafka."""
     by = held.stream.by_subject
     if by is None or by.subject is None:
         return [event.subject for event in events]
-    named = [{"ce_subjectid": event.subject.encode()} if event.subject else {} for event in events]
-    return [subject_of(by.subject, "", None, value, headers) for value, headers in zip(values, named, strict=True)]
+    if by.subject.startswith("json:"):
+        return [subject_of(by.subject, "", None, value, {}) for value in values]
+    return [identifier((event.subject or "").encode("utf-8", "surrogatepass"), "subject id") for event in events]
 
 
 def _check_override(encryption: EncryptionConfig, held: Held) -> None:

@@ -13,11 +13,11 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, Va
 from sidecar.core.aead import Suite
 from sidecar.core.command import Command, Op, grace_seconds
 from sidecar.core.dsse import MAX_SIGNATURES
-from sidecar.core.errors import ConfigurationError, UnsupportedEnvelope
+from sidecar.core.errors import ConfigurationError, MalformedRecord, UnsupportedEnvelope
 from sidecar.core.fields import Fields
 from sidecar.core.keys import HARD_LIMIT_USES, SOFT_LIMIT_USES, USES_BLOCK, UseLimits
 from sidecar.core.kms import KmsUri
-from sidecar.core.model import ScopeKind, duration_ms
+from sidecar.core.model import ScopeKind, duration_ms, tenant_id
 from sidecar.core.policy import SUBJECT_HEADER, ClassRule, Policy
 from sidecar.servers import KafkaSettings, KmsSettings, PostgresSettings, read_secret
 
@@ -102,6 +102,14 @@ class PolicySpec(_Section):
 
     blind_index: tuple[str, ...] = ()
     """Of the fields, those whose values can be searched for: equality becomes visible within a tenant (docs/fields.md)."""
+
+    @field_validator("tenant")
+    @classmethod
+    def _a_tenant(cls, value: str) -> str:
+        try:
+            return value if value == "*" else tenant_id(value)
+        except MalformedRecord as error:
+            raise ValueError(f"{error}; or * for all, no other pattern") from None
 
     @field_validator("algorithm")
     @classmethod

@@ -151,8 +151,12 @@ class PostgresEventStore:
         async with self._reading(session) as connection:
             with mapped():
                 rows = await connection.fetch(_OF_STREAM, *wanted)
-                whole = bool(rows) and to_position is None and max_count is None
-                version = rows[-1]["stream_position"] if whole else await connection.fetchval(_HEAD, tenant, stream)
+                version = 0 if rows else await connection.fetchval(_HEAD, tenant, stream)
+                if from_position <= version and max_count != 0:
+                    rows = await connection.fetch(_OF_STREAM, *wanted)  # they may have come in between: a version is never of events not seen
+                if rows:
+                    whole = to_position is None and max_count is None
+                    version = rows[-1]["stream_position"] if whole else await connection.fetchval(_HEAD, tenant, stream)
         return StreamRead(events=[event_of(row) for row in rows], version=version)
 
     async def aggregate_stream(

@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +298,26 @@ async def test_what_can_be_forgotten_is_of_a_tenant_that_is_known(library: Libra
     await append(library, "user-1")
     for stream in (None, "user-1", "user-2"):
         assert await library.shredding.is_data_forgettable("acme", stream)
+
+
+async def test_a_read_never_says_a_version_whose_events_it_has_not_seen(library: Library, other: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state of nothing at version 1 would let an append through that was decided without the event."""
+    reading = library.plain._reading
+
+    class Slow:
+        def __init__(self, connection: Any) -> None:
+            self.fetch, self._connection = connection.fetch, connection
+
+        async def fetchval(self, *asked: Any) -> Any:
+            if not await other.plain.pool.fetchval("SELECT count(*) FROM messages"):
+                await append(other, "user-1")
+            return await self._connection.fetchval(*asked)
+
+    @asynccontextmanager
+    async def slow(session: Any) -> AsyncIterator[Any]:
+        async with reading(session) as connection:
+            yield Slow(connection)
+
+    monkeypatch.setattr(library.plain, "_reading", slow)
+    found = await library.store.aggregate_stream("user-1", lambda count, _: count + 1, 0, tenant="acme")
+    assert found.state == found.version

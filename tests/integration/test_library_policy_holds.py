@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from sidecar import AccessDenied, EncryptionConfig, Event, Library, MemoryEventStore, NewEvent, PolicySpec, create_crypto_event_store, open_library
 from sidecar.core.envelope import parse_header
@@ -99,3 +100,19 @@ async def test_an_applications_own_metadata_of_that_name_do_not_make_a_plain_eve
         await append(library, "cart-1", NewEvent(type="T", data="ks1.x", metadata={"enc": enc}))
     read = await library.store.read_stream("cart-1", tenant="acme")
     assert [event.metadata["enc"] for event in read.events if isinstance(event, Event)] == [5, {"document": "x"}, {"algo": "mine"}]
+
+
+async def test_the_person_whom_an_event_names_is_the_one_that_a_header_would_name(library: Library) -> None:
+    """Whatever the header is called: from Kafka it comes with the record, here with the event."""
+    await decide(library, **{"class": "Medical", "key_scope": "subject", "subject": "header:x-patient"})
+    await append(library, "m-1", stream_class="Medical")
+    assert [row[0] for row in await library.plain.pool.fetch("SELECT scope_id FROM encryption_keys")] == ["ann"]
+    with pytest.raises(MalformedRecord):
+        await append(library, "m-1", NewEvent(type="T", data="x"))
+
+
+async def test_a_policy_of_a_tenant_that_cannot_be_is_none(library: Library) -> None:
+    """A glob would look as if it protected somebody, and match nobody."""
+    for tenant in ("acme-*", "acme ", "", "a/b"):
+        with pytest.raises(ValidationError):
+            PolicySpec.model_validate({"class": "Note", "tenant": tenant})
