@@ -10,6 +10,7 @@ from uuid import uuid4
 from sidecar.core.errors import MalformedRecord, WrongVersion
 from sidecar.core.model import UNCLASSIFIED, Erased, Event, identifier, tenant_id
 from sidecar.core.store import DEFAULT_TENANT, Aggregated, Appended, Cursor, Expected, ExpectedVersion, NewEvent, StreamRead, Unreadable, encode
+from sidecar.core.view import library_attributes, parse_attributes
 from sidecar.postgres.event_store import aggregate
 
 State = TypeVar("State")
@@ -104,9 +105,13 @@ class MemoryEventStore:
         return self._streams.get((tenant, stream), []) + own
 
     def _commit(self, events: Sequence[Event]) -> None:
+        heads: dict[_Stream, int] = {}
         for event in events:
-            if event.position != len(self._streams.get((event.tenant, event.stream), ())) + 1:
+            at = event.tenant, event.stream
+            heads[at] = heads.get(at, len(self._streams.get(at, ()))) + 1
+            if event.position != heads[at]:
                 raise WrongVersion("another session was faster")
+        for event in events:
             self._streams.setdefault((event.tenant, event.stream), []).append(event)
             self._all.append(event)
 
@@ -120,9 +125,12 @@ def _check(expected: ExpectedVersion, head: int) -> None:
 def _event(event: NewEvent, tenant: str, stream: str, stream_class: str, position: int) -> Event:
     now = datetime.now(UTC)
     value, content = encode(event.data)
+    message_id, at = event.id or str(uuid4()), event.occurred_at or now
+    identifier(message_id.encode("utf-8", "replace"), "event id")
     identifier(event.type.encode("utf-8", "replace"), "event type")
+    carried = parse_attributes(library_attributes(int(at.timestamp() * 1000), event.metadata, content, value is None, event.subject))
     return Event(
-        tenant=tenant, stream=stream, position=position, message_id=event.id or str(uuid4()), type=event.type, stream_class=stream_class,
-        value=value, key=None, timestamp_ms=int(now.timestamp() * 1000), headers=(), source=None, schema_version=event.schema_version,
-        occurred_at=event.occurred_at or now, metadata=dict(event.metadata), content=content,
+        tenant=tenant, stream=stream, position=position, message_id=message_id, type=event.type, stream_class=stream_class,
+        value=value, key=None, timestamp_ms=carried.timestamp_ms, headers=(), source=None, schema_version=event.schema_version,
+        occurred_at=at, metadata=carried.metadata, content=content, subject=carried.subject,
     )  # fmt: skip

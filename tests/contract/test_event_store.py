@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,17 @@ async def test_a_session_is_there_as_a_whole_or_not_at_all(store: Store) -> None
     assert [(await store.read_stream(name)).version for name in ("a", "b")] == [3, 1]
 
 
+async def test_a_session_in_memory_that_another_was_faster_than_leaves_nothing() -> None:
+    """Over Postgres the other one waits for it."""
+    store = MemoryEventStore()
+    with pytest.raises(WrongVersion):
+        async with store.session() as session:
+            await store.append_to_stream("a", events(1), session=session)
+            await store.append_to_stream("b", events(1), session=session)
+            await store.append_to_stream("b", events(1))
+    assert ((await store.read_stream("a")).version, (await store.read_stream("b")).version, len(await store.read_all())) == (0, 1, 1)
+
+
 async def test_a_refused_append_leaves_its_session_usable(store: Store) -> None:
     async with store.session() as session:
         with pytest.raises(WrongVersion):
@@ -161,6 +173,17 @@ async def test_ids_that_are_none_are_refused(store: Store, bad: dict[str, str]) 
     stream, kind = bad.get("stream", "s"), bad.get("type", "T")
     with pytest.raises(MalformedRecord):
         await store.append_to_stream(stream, [NewEvent(type=kind, data=1)], tenant=bad.get("tenant", "acme"))
+
+
+async def test_what_stands_beside_the_data_comes_back_the_same_or_is_refused(store: Store) -> None:
+    at, metadata = datetime(2024, 2, 29, 12, tzinfo=UTC), {"by": "jane", "n": [1, None]}
+    await store.append_to_stream("s", [NewEvent(type="T", data=1, id="e1", metadata=metadata, occurred_at=at, schema_version=7, subject="c-17")])
+    [event] = (await store.read_stream("s")).events
+    assert (event.message_id, event.occurred_at, event.schema_version, event.subject) == ("e1", at, 7, "c-17")
+    assert {name: value for name, value in event.metadata.items() if name != "enc"} == metadata
+    for bad in ({"id": "nul\0"}, {"metadata": {"a": object()}}):
+        with pytest.raises(MalformedRecord):
+            await store.append_to_stream("s", [NewEvent(type="T", data=1, **bad)])
 
 
 async def test_data_that_is_neither_bytes_nor_json_is_refused(store: Store) -> None:
