@@ -247,8 +247,8 @@ class Streams:
                     self._reserve(key.ref, more, fresh)
             key.left -= n
             if n > records and key.scope.kind is ScopeKind.STREAM:
-                if n - records > key.fields_left:
-                    block = max(limits.block // SUBJECTS_PER_BLOCK, n - records)
+                if (short := n - records - key.fields_left) > 0:  # no more of them than the key may still seal
+                    block = min(max(limits.block // SUBJECTS_PER_BLOCK, short), short + key.left)
                     self._reserve(key.ref, block, fresh)
                     key.fields_left += block
                 key.fields_left -= n - records

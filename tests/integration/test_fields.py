@@ -7,10 +7,22 @@ from typing import Any
 import orjson
 import pytest
 
-from sidecar import DecryptionConfig, EncryptionConfig, Erased, Event, Library, MemoryEventStore, NewEvent, PolicySpec, create_crypto_event_store
+from sidecar import (
+    DecryptionConfig,
+    EncryptionConfig,
+    Erased,
+    Event,
+    Library,
+    MemoryEventStore,
+    NewEvent,
+    PolicySpec,
+    create_crypto_event_store,
+    open_library,
+)
 from sidecar.core.errors import AccessDenied, AuthenticationFailed, ConfigurationError, MalformedRecord, SidecarError
 from sidecar.core.store import Unreadable
 from sidecar.postgres.connection import Pool
+from sidecar.settings import Settings
 
 FIELDS = ("/email", "/address/*", "/tags/*/of")
 JANE = {
@@ -218,6 +230,21 @@ async def test_seals_of_fields_count_as_uses_of_the_streams_key(library: Library
     await append(library, JANE, stream="user-1")
     of_whole = await library.plain.pool.fetchval("SELECT uses_reserved FROM encryption_keys WHERE scope_id = 'user-1'")
     assert of_whole == 0, "control: a whole event is counted by its position"
+
+
+async def test_a_block_of_seals_that_is_larger_than_the_limits_stops_nobody(settings: Settings) -> None:
+    """Of a key that is on record already: its whole events were counted by their positions, its fields are not."""
+    limits = settings.limits.model_copy(update={"soft_uses": 30, "hard_uses": 40})
+    async with open_library(settings.model_copy(update={"limits": limits}), writer="library-test") as library:
+        made = await library.policies.create_policy(PolicySpec(stream_class="Person"), actor="ann", reason="a test")
+        await append(library, JANE)
+        await library.policies.update_policy(made.policy_id, {"fields": FIELDS}, actor="ann", reason="a test")
+        for _ in range(12):
+            await append(library, JANE)
+        assert await read(library) == [JANE] * 13
+        rows = await library.plain.pool.fetch("SELECT key_version, uses_reserved FROM encryption_keys WHERE scope_kind = 'stream' ORDER BY 1")
+        assert [row["key_version"] for row in rows] == [1, 2, 3], "1 + 12 * 7 seals, 30 under one version"
+        assert max(row["uses_reserved"] for row in rows) <= 40
 
 
 async def test_over_another_store_documents_are_sealed_too(library: Library, policy: str) -> None:
