@@ -66,6 +66,8 @@ async def restore(connection: Connection, scope: Scope, now: datetime) -> Keys:
     Its view records are gone all the same: the tombstones did not wait.
     """
     until = await quarantine.ends(connection, scope)
-    if until is None or (until <= now and not await overlapping(connection, scope)):
-        raise CommandRejected("grace_over", "nothing can be brought back: the grace has ended, or there was none")
-    return await quarantine.restore(connection, scope)
+    if until is not None and (until > now or await overlapping(connection, scope)):
+        keys = await quarantine.restore(connection, scope)
+        if keys.count:
+            return keys
+    raise CommandRejected("grace_over", "nothing can be brought back: the grace has ended, or there was none")

@@ -53,7 +53,7 @@ class Readmission:
             facts = await steps.audited(connection, command, f"{scope.kind}.{act}", keys)
             for shred in undone:
                 await steps.ledger.enter(connection, command, "readmit", at=steps.clock.now(), generation=generation, undoes=shred)
-            facts |= {"generation": generation, **steps.terminated(scope.tenant)}
+            facts |= {"generation": generation, "old_data": "restored" if command.restore else "unreadable", **steps.terminated(scope.tenant)}
             readmitted = await commands.advance(connection, job, "readmitted", facts)
         steps.settled(scope.tenant)
         return readmitted

@@ -50,7 +50,11 @@ SECTIONS: Final = (
         about="Where copies outlive destroyed keys, until when; of the period's shreds, and whatever is still pending.",
     ),
     Section(name="holds", title="Legal holds", about="In force at some time of the period. What is under a hold is not shredded."),
-    Section(name="readmissions", title="Readmissions", about="Scopes that take new data again. Their old data stay unreadable."),
+    Section(
+        name="readmissions",
+        title="Readmissions",
+        about="Scopes that take new data again. Their old data stay unreadable, unless a shred was taken back within its grace.",
+    ),
     Section(name="refused_commands", title="Commands refused", about="Not carried out; nothing was changed by them."),
     Section(name="refusals", title="Records refused", about="By decision: of shredded scopes, or by policy. Their payload was not kept."),
     Section(name="dead_letters", title="Dead letters", about="Records that could not be stored as events."),

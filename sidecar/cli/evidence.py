@@ -18,7 +18,7 @@ from sidecar.signing import load_public_key
 
 app = typer.Typer(help="Certificates of shreds.", no_args_is_help=True)
 
-_COLUMNS = ("certificate_id", "command_id", "tenant_id", "status", "created_at")
+_COLUMNS = ("certificate_id", "command_id", "tenant_id", "status", "created_at", "taken_back")
 _SCOPE = re.compile(r"tenant=([^,]+)(?:,kind=([a-z]+)(?:,id=(.+))?)?", re.DOTALL)
 
 

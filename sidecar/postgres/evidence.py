@@ -126,10 +126,10 @@ async def insert(connection: Connection, certificate_id: UUID, command_id: UUID,
 
 
 async def listed(connection: Connection, *, tenant: str | None = None, command_id: UUID | None = None) -> list[dict[str, Any]]:
-    """Without the envelopes and without the salts, newest last."""
+    """Without the envelopes and without the salts, newest last. `taken_back`: the shred was, within its grace, after it had its certificate."""
     with mapped():
         rows = await connection.fetch(
-            """SELECT e.certificate_id, e.command_id, c.tenant_id, e.status, e.created_at FROM certificates e JOIN commands c USING (command_id)
+            """SELECT e.certificate_id, e.command_id, c.tenant_id, e.status, e.created_at, coalesce(c.result ? 'restored', false) AS taken_back FROM certificates e JOIN commands c USING (command_id)
                WHERE ($1::text IS NULL OR c.tenant_id = $1) AND ($2::uuid IS NULL OR e.command_id = $2) ORDER BY e.created_at, e.certificate_id""",
             tenant,
             command_id,

@@ -84,6 +84,8 @@ async def restore(connection: Connection, scope: Scope) -> Keys:
         with mapped():
             await connection.execute("DELETE FROM residue WHERE command_id = ANY ($1)", commands)
             await connection.execute(
-                """UPDATE commands SET result = coalesce(result, '{}') || '{"restored": true}' WHERE command_id = ANY ($1)""", commands
+                """UPDATE commands SET result = coalesce(result, '{}') || '{"restored": true}', receipt = receipt || '{"note": "taken_back"}'
+                   WHERE command_id = ANY ($1)""",
+                commands,
             )
     return keys

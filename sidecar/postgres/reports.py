@@ -52,8 +52,8 @@ STATEMENTS: Final = {
         SELECT c.received_at, c.tenant_id AS tenant, c.receipt -> 'scope' AS scope, c.issuer, c.status, (c.receipt #>> '{{keys,count}}')::bigint AS keys
         {_COMMANDS} AND c.op = 'rotate' ORDER BY c.received_at DESC""",
     "shreds": f"""
-        SELECT c.received_at, c.tenant_id AS tenant, c.receipt -> 'scope' AS scope, c.payload, c.issuer, c.status,
-          c.receipt ->> 'inaccessible_at' AS inaccessible_at, c.receipt ->> 'irrecoverable_at' AS irrecoverable_at,
+        SELECT c.received_at, c.tenant_id AS tenant, c.receipt -> 'scope' AS scope, c.payload, c.issuer,
+          CASE WHEN c.result ? 'restored' THEN 'taken back' ELSE c.status END AS status, c.receipt ->> 'inaccessible_at' AS inaccessible_at, c.receipt ->> 'irrecoverable_at' AS irrecoverable_at,
           (c.receipt #>> '{{keys,count}}')::bigint AS keys, (c.receipt #>> '{{events,unreadable}}')::bigint AS events_unreadable,
           (c.receipt #>> '{{events,plain_remaining}}')::bigint AS plain_events_remaining,
           (c.receipt #>> '{{events,clear_remainders}}')::bigint AS clear_remainders,
@@ -72,7 +72,8 @@ STATEMENTS: Final = {
           h.released_at, h.hold_id
         FROM legal_holds h WHERE {_OF.format("h")} AND h.placed_at < $3 AND (h.released_at IS NULL OR h.released_at >= $2) ORDER BY h.placed_at DESC""",
     "readmissions": f"""
-        SELECT c.received_at, c.tenant_id AS tenant, c.receipt -> 'scope' AS scope, c.payload, c.status, c.command_id
+        SELECT c.received_at, c.tenant_id AS tenant, c.receipt -> 'scope' AS scope, c.payload, c.status,
+          c.result ->> 'old_data' AS old_data, c.command_id
         {_COMMANDS} AND c.op = 'readmit' AND c.status NOT IN ('rejected', 'failed') ORDER BY c.received_at DESC""",
     "refused_commands": f"""
         SELECT c.received_at, c.tenant_id AS tenant, c.op, c.receipt -> 'scope' AS scope, c.issuer, c.receipt #>> '{{error,code}}' AS reason, c.command_id

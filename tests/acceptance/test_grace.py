@@ -260,3 +260,20 @@ def test_after_its_grace_nothing_is_restored_or_held_although_the_bytes_are_stil
         assert filled.carry_out("hold", AES_1)["status"] == "done"
         assert filled.carry_out("readmit", AES_1, options={"restore": True})["status"] == "done"
     assert kept(filled, keys) == ["encryption_keys"]
+
+
+def test_whoever_asks_after_a_shred_that_was_taken_back_is_told_so(filled: World) -> None:
+    """Its receipt and its certificate were true when they were given."""
+    with kit.control(filled.config):
+        receipt = filled.carry_out("shred", AES_1, options=LONG)
+        kept_back = filled.carry_out("shred", Scope(tenant="acme", kind=ScopeKind.STREAM, id="aes-2"), options=LONG)
+        until(lambda: len(filled.json("evidence", "list")) == 2, "the certificates")
+        filled.carry_out("readmit", AES_1, options={"restore": True})
+        filled.carry_out("readmit", Scope(tenant="acme", kind=ScopeKind.STREAM, id="aes-2"))
+        assert filled.json("receipts", "get", receipt["command_id"])["note"] == "taken_back"
+        assert filled.json("receipts", "get", kept_back["command_id"]).get("note") is None
+    listed = {row["command_id"]: row["taken_back"] for row in filled.json("evidence", "list")}
+    assert listed == {receipt["command_id"]: True, kept_back["command_id"]: False}
+    report = filled.json("report", "--tenant", "acme")
+    assert {row["scope"]: row["status"] for row in report["shreds"]} == {"stream aes-1": "taken back", "stream aes-2": "inaccessible"}
+    assert {row["scope"]: row["old_data"] for row in report["readmissions"]} == {"stream aes-1": "restored", "stream aes-2": "unreadable"}
