@@ -31,14 +31,10 @@ from sidecar.postgres.connection import Connection, Pool, connected, open_pool
 from sidecar.postgres.durability import check_standby
 from sidecar.postgres.keystore import KeyStore
 from sidecar.settings import Settings
+from sidecar.steps import SystemClock
 from sidecar.streams import Streams
 from sidecar.upkeep import Upkeep
 from sidecar.views import View, Views
-
-
-class SystemClock:
-    def now(self) -> datetime:
-        return datetime.now(UTC)
 
 
 @dataclass(slots=True, kw_only=True)

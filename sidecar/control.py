@@ -24,7 +24,7 @@ from sidecar.core.errors import CommandRejected, Conflict, KmsUnavailable, Ledge
 from sidecar.core.model import duration_ms
 from sidecar.event_store import EventStore
 from sidecar.evidence import Evidence
-from sidecar.holds import Holding, Releasing
+from sidecar.holds import Holding
 from sidecar.inbox import Backoff, ControlRecord, Inbox, log_status, schedule_rotations
 from sidecar.jobs import Jobs
 from sidecar.kafka import jobs as jobs_topic
@@ -387,7 +387,7 @@ class ControlPlane:
             "shred": Shredding(self._settings, steps, notices, self._residue),
             "rotate": Rotation(steps),
             "hold": Holding(steps),
-            "release": Releasing(steps),
+            "release": Holding(steps),
             "reencrypt": self._jobs,
             "readmit": Readmission(steps, self._sealing().renew_dedicated),
         }

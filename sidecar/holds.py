@@ -19,14 +19,16 @@ from sidecar.steps import FINISHED, Steps, failpoint
 
 
 class Holding:
-    """The flow of `hold`. A hold's id is its command's."""
+    """The flow of `hold`, whose command's id is the hold's, and of `release`: of the hold that is named, or else of all holds on just this scope."""
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
 
     async def step(self, job: Job, command: Command) -> Job:
-        failpoint(f"hold:{job.step or 'accepted'}")
-        return await (self._place(job, command) if job.step is None else _done(self._steps, job, command))
+        failpoint(f"{job.op}:{job.step or 'accepted'}")
+        if job.step is None:
+            return await (self._place(job, command) if job.op == "hold" else self._release(job, command))
+        return await self._done(job, command)
 
     async def _place(self, job: Job, command: Command) -> Job:
         steps, scope, now = self._steps, command.scope, self._steps.clock.now()
@@ -36,17 +38,6 @@ class Holding:
             facts = await steps.audited(connection, command, "hold.place") | {"holds": [str(command.command_id)]}
             await steps.ledger.enter(connection, command, "hold", at=now, generation=tenant.generation)
             return await commands.advance(connection, job, "placed", facts)
-
-
-class Releasing:
-    """The flow of `release`: of the hold that is named, or else of all holds on just this scope."""
-
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
-
-    async def step(self, job: Job, command: Command) -> Job:
-        failpoint(f"release:{job.step or 'accepted'}")
-        return await (self._release(job, command) if job.step is None else _done(self._steps, job, command))
 
     async def _release(self, job: Job, command: Command) -> Job:
         steps, scope, now = self._steps, command.scope, self._steps.clock.now()
@@ -59,12 +50,12 @@ class Releasing:
             await steps.ledger.enter(connection, command, "release", at=now, generation=tenant.generation, undoes=command.hold_id)
             return await commands.advance(connection, job, "released", facts)
 
-
-async def _done(steps: Steps, job: Job, command: Command) -> Job:
-    await steps.ledger.publish()
-    body = steps.receipt_of(job, command, "done", holds=job.facts["holds"], audit=job.facts["audit"])
-    async with transaction(steps.pool) as connection:
-        return await commands.advance(connection, job, FINISHED, receipt=body, finished=True)
+    async def _done(self, job: Job, command: Command) -> Job:
+        steps = self._steps
+        await steps.ledger.publish()
+        body = steps.receipt_of(job, command, "done", holds=job.facts["holds"], audit=job.facts["audit"])
+        async with transaction(steps.pool) as connection:
+            return await commands.advance(connection, job, FINISHED, receipt=body, finished=True)
 
 
 @asynccontextmanager

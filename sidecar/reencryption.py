@@ -11,11 +11,11 @@ nobody, and what is of somebody who was erased, stays as it is and is counted.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import cache, partial
 from itertools import takewhile
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import orjson
 
@@ -35,6 +35,8 @@ from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.postgres.errors import Moved
 from sidecar.postgres.jobs import Chunk, Count
 from sidecar.steps import failpoint
+
+T = TypeVar("T")
 
 ROWS: Final = 500
 STREAMS_AT_ONCE: Final = 3
@@ -81,15 +83,7 @@ class Reencryption:
 
     async def _stream(self, chunk: Chunk, stream: str, stream_class: str) -> Count:
         count, before = Count(), 2**63 - 1
-        while True:
-            try:
-                step = await self._step(chunk, stream, stream_class, before)
-            except (Moved, Conflict):
-                self._keys.forget(chunk.tenant)
-                await asyncio.sleep(0.01)
-                continue
-            if step is None:
-                break
+        while (step := await self._undisturbed(chunk.tenant, partial(self._step, chunk, stream, stream_class, before))) is not None:
             done, before = step
             count += done
             failpoint("worker:rows")
@@ -99,6 +93,15 @@ class Reencryption:
             async with transaction(self._pool) as connection:
                 await jobs.drop_unused_ranges(connection, chunk.tenant, stream)
         return count
+
+    async def _undisturbed(self, tenant: str, step: Callable[[], Awaitable[T]]) -> T:
+        """What comes of it, once nobody changed meanwhile what it stands on."""
+        while True:
+            try:
+                return await step()
+            except Conflict:
+                self._keys.forget(tenant)
+                await asyncio.sleep(0.01)
 
     async def _step(self, chunk: Chunk, stream: str, stream_class: str, before: int) -> tuple[Count, int] | None:
         """-> what became of the next events before that position, and how far it got; None if there is nothing left."""
@@ -236,21 +239,12 @@ class Reencryption:
     async def _copy(self, chunk: Chunk, into: str, stream_class: str) -> Count:
         """Every event of the stream, at the same position of the other one, up to the first that does not open or gets no key."""
         [stream], count = chunk.streams, Count()
-        while True:
-            try:
-                copied = await self._copy_some(chunk, stream, into, stream_class)
-            except (Moved, Conflict):
-                self._keys.forget(chunk.tenant)
-                await asyncio.sleep(0.01)
-                continue
-            except RecordRefused:
-                copied = 0
-            failpoint("worker:rows")
-            if not copied:
-                break
-            count += Count(copied)
-            if self._rate:
-                await asyncio.sleep(copied / self._rate)
+        with suppress(RecordRefused):
+            while copied := await self._undisturbed(chunk.tenant, partial(self._copy_some, chunk, stream, into, stream_class)):
+                failpoint("worker:rows")
+                count += Count(copied)
+                if self._rate:
+                    await asyncio.sleep(copied / self._rate)
         async with transaction(self._pool) as connection:
             theirs, ours = await jobs.heads(connection, chunk.tenant, [stream, into])
         return count + Count(0, theirs - ours)

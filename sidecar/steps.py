@@ -147,5 +147,7 @@ class Steps:
 
 
 class SystemClock:
+    """The machine's, in UTC."""
+
     def now(self) -> datetime:
         return datetime.now(UTC)

@@ -7,7 +7,7 @@ in Kafka, or when the session ends.
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from sidecar.core.audit import tenant_ref
@@ -268,7 +268,3 @@ class GuardSession:
 
 async def _chunks(payload: bytes) -> Any:
     yield payload
-
-
-def utc_now() -> datetime:
-    return datetime.now(UTC)

@@ -170,16 +170,17 @@ _EMPTY = f"""NOT EXISTS (SELECT FROM tenant_keys k WHERE {_UNDER}) AND NOT EXIST
   WHERE q.key_id IS NULL AND k.kms_uri = $1 AND k.kms_key_version = $2)"""
 
 
+async def _if_empty(connection: Connection, epoch: SealEpoch, change: str, condition: str) -> bool:
+    """Whether it was changed: it is as `condition` says, and nothing that lives is under it."""
+    statement = f"UPDATE seal_epochs SET {change} WHERE kms_uri = $1 AND kms_key_version = $2 AND {condition} AND {_EMPTY}"
+    with mapped():
+        done = await connection.execute(statement, epoch.kms_uri, epoch.key_version)
+    return str(done) == "UPDATE 1"
+
+
 async def retire(connection: Connection, epoch: SealEpoch) -> bool:
     """True if no KEK is under it any more. None can come: it is retiring."""
-    with mapped():
-        done = await connection.execute(
-            f"""UPDATE seal_epochs SET state = 'retired', retired_at = clock_timestamp()
-                WHERE kms_uri = $1 AND kms_key_version = $2 AND state = 'retiring' AND {_EMPTY}""",
-            epoch.kms_uri,
-            epoch.key_version,
-        )
-    return str(done) == "UPDATE 1"
+    return await _if_empty(connection, epoch, "state = 'retired', retired_at = clock_timestamp()", "state = 'retiring'")
 
 
 async def dedicated_to_roll(connection: Connection) -> list[str]:
@@ -216,26 +217,13 @@ async def confirm_backup(connection: Connection, version: str | None, by: str) -
 
 async def end(connection: Connection, epoch: SealEpoch) -> bool:
     """Of a dedicated key whose tenant was shredded: nothing has to move, and no backup is needed. False if something lives under it."""
-    with mapped():
-        done = await connection.execute(
-            f"""UPDATE seal_epochs SET state = 'retired', retiring_at = coalesce(retiring_at, clock_timestamp()), retired_at = clock_timestamp()
-                WHERE kms_uri = $1 AND kms_key_version = $2 AND state IN ('active', 'retiring') AND {_EMPTY}""",
-            epoch.kms_uri,
-            epoch.key_version,
-        )
-    return str(done) == "UPDATE 1"
+    change = "state = 'retired', retiring_at = coalesce(retiring_at, clock_timestamp()), retired_at = clock_timestamp()"
+    return await _if_empty(connection, epoch, change, "state IN ('active', 'retiring')")
 
 
 async def mark_destroying(connection: Connection, epoch: SealEpoch) -> bool:
     """Once more only if nothing that lives is under it; True if it may be destroyed now."""
-    with mapped():
-        done = await connection.execute(
-            f"""UPDATE seal_epochs SET state = 'destroying', destroy_requested_at = clock_timestamp()
-                WHERE kms_uri = $1 AND kms_key_version = $2 AND state = 'retired' AND {_EMPTY}""",
-            epoch.kms_uri,
-            epoch.key_version,
-        )
-    return str(done) == "UPDATE 1"
+    return await _if_empty(connection, epoch, "state = 'destroying', destroy_requested_at = clock_timestamp()", "state = 'retired'")
 
 
 async def record(connection: Connection, epoch: SealEpoch, found: KmsVersion, now: datetime) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sidecar.core import dsse
@@ -156,21 +156,21 @@ def send(settings: Settings, *values: bytes | None, key: str = "any") -> None:
 
 
 def read_topic(settings: Settings, topic: str) -> list[Any]:
-    """Every committed message from the beginning to the end as it is now."""
+    """Every committed message from the beginning to the end as it is now, of a partition in order. Blocks."""
     own = {"group.id": secrets.token_hex(8), "isolation.level": "read_committed", "enable.partition.eof": True, "enable.auto.commit": False}
     consumer = Consumer(client_config(settings, **own))
     try:
-        partitions = set(consumer.list_topics(topic, timeout=10).topics[topic].partitions)
-        consumer.assign([TopicPartition(topic, p, 0) for p in partitions])
+        left = set(consumer.list_topics(topic, timeout=10).topics[topic].partitions)
+        consumer.assign([TopicPartition(topic, p, OFFSET_BEGINNING) for p in left])  # 0 may be deleted
         found: list[Any] = []
-        while partitions:
-            for message in consumer.consume(500, 1.0):
+        while left:
+            for message in consumer.consume(1000, 0.05):
                 error = message.error()
                 if error is None:
                     found.append(message)
                 elif error.code() == KafkaError._PARTITION_EOF:
-                    partitions.discard(message.partition() or 0)
-                else:
+                    left.discard(message.partition() or 0)
+                elif not error.retriable():
                     raise KafkaException(error)
         return found
     finally:

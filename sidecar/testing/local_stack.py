@@ -143,30 +143,22 @@ def down(directory: Path | str, *, wipe: bool = False, keep_logs: bool = False) 
 
 def kill_kafka(directory: Path | str) -> None:
     """SIGKILL, as the out-of-memory killer would."""
-    path = _resolved(directory)
-    with _working_on(path) as state:
-        _each(_kafka_pid(path, state), local_process.kill)
+    _end(directory, _kafka_pid, local_process.kill)
 
 
 def kill_postgres(directory: Path | str) -> None:
     """SIGKILL to the server and all its backends."""
-    path = _resolved(directory)
-    with _working_on(path) as state:
-        _each(_postgres_pid(path, state), local_process.kill)
+    _end(directory, _postgres_pid, local_process.kill)
 
 
 def stop_kafka(directory: Path | str) -> None:
     """An orderly end of the broker alone."""
-    path = _resolved(directory)
-    with _working_on(path) as state:
-        _each(_kafka_pid(path, state), local_kafka.stop)
+    _end(directory, _kafka_pid, local_kafka.stop)
 
 
 def stop_postgres(directory: Path | str) -> None:
     """An orderly end of the database alone; its sessions are cut."""
-    path = _resolved(directory)
-    with _working_on(path) as state:
-        _each(_postgres_pid(path, state), local_postgres.stop)
+    _end(directory, _postgres_pid, local_postgres.stop)
 
 
 def start_kafka(directory: Path | str, *, progress: Progress = lambda _line: None) -> LocalStack:
@@ -312,6 +304,12 @@ def _postgres_pid(path: Path, state: _State) -> int | None:
 def _each(pid: int | None, act: Callable[[int], None]) -> None:
     if pid is not None:
         act(pid)
+
+
+def _end(directory: Path | str, find: Callable[[Path, _State], int | None], act: Callable[[int], None]) -> None:
+    path = _resolved(directory)
+    with _working_on(path) as state:
+        _each(find(path, state), act)
 
 
 def _describe(path: Path, state: _State) -> LocalStack:

@@ -10,7 +10,7 @@
 
 `plane(world, "a", Subclass)` is a data plane in the test's own process, with a pipeline that the test hooks or breaks.
 
-A checker is two functions: `find_faults` says what is wrong, `check_exactly_once` asserts that nothing is. A control asserts on the first.
+A checker is two methods: `faults` says what is wrong, `check` asserts that nothing is. A control asserts on the first.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 
 from sidecar.app import compose
@@ -39,7 +39,7 @@ from sidecar.pipeline import Pipeline
 from sidecar.postgres import migrations
 from sidecar.postgres.connection import connected
 from sidecar.settings import Settings, load
-from sidecar.testing.control_plane import PATIENCE_SECONDS
+from sidecar.testing.control_plane import PATIENCE_SECONDS, read_topic
 
 CAMPAIGN = os.environ.pop("SIDECAR_CAMPAIGN", "") == "full"
 """Long campaigns run in a short form unless SIDECAR_CAMPAIGN=full. Popped: the product takes SIDECAR_* for settings."""
@@ -221,10 +221,12 @@ class World:
         return all(committed.get(at, 0) >= end for at, end in wanted.items())
 
     async def check(self) -> None:
-        await check_exactly_once(self.dsn, self.bootstrap, self.view_topic, self.expected)
+        """Every published event once and in order, in the store and in the view as a `read_committed` consumer sees it; nothing else."""
+        faults = await self.faults()
+        assert not faults, str(faults)
 
     async def faults(self) -> "Faults":
-        return await find_faults(self.dsn, self.bootstrap, self.view_topic, self.expected)
+        return await find_faults(self)
 
 
 @asynccontextmanager
@@ -271,21 +273,21 @@ class Faults:
         return "; ".join(f"{name}: {len(found)}, e.g. {found[:3]}" for name, found in self.__dict__.items() if found) or "none"
 
 
-async def find_faults(dsn: str, bootstrap: str, view_topic: str, expected: Expected) -> Faults:
+async def find_faults(world: World) -> Faults:
     """Compare store and view with what was published: I1 nothing lost, I2 nothing twice, I3 positions 1, 2, 3 in Kafka's order."""
     faults = Faults()
-    rows = await query_all(dsn, "SELECT tenant_id, stream_id, stream_position, message_id FROM messages ORDER BY 1, 2, 3")
+    rows = await query_all(world.dsn, "SELECT tenant_id, stream_id, stream_position, message_id FROM messages ORDER BY 1, 2, 3")
     store: dict[Stream, list[tuple[int, str]]] = {}
     for row in rows:
         store.setdefault((row["tenant_id"], row["stream_id"]), []).append((row["stream_position"], row["message_id"]))
     view: dict[Stream, list[tuple[int, str]]] = {}
-    for message in await asyncio.to_thread(read_topic, bootstrap, view_topic):
+    for message in await asyncio.to_thread(read_topic, world.settings, world.view_topic):
         headers = {name: (raw or b"").decode() for name, raw in message.headers() or []}
         if json.loads(message.value())["id"] != headers["ce_id"]:
             faults.strangers.append(f"value of {headers['ce_id']}")
         view.setdefault((headers["ce_tenantid"], headers["ce_streamid"]), []).append((int(headers["ce_streamposition"]), headers["ce_id"]))
-    _compare(store, expected, faults.lost_in_store, faults.twice_in_store, faults.disorder_in_store, faults.strangers)
-    _compare(view, expected, faults.lost_in_view, faults.twice_in_view, faults.disorder_in_view, faults.strangers)
+    _compare(store, world.expected, faults.lost_in_store, faults.twice_in_store, faults.disorder_in_store, faults.strangers)
+    _compare(view, world.expected, faults.lost_in_view, faults.twice_in_view, faults.disorder_in_view, faults.strangers)
     return faults
 
 
@@ -300,42 +302,6 @@ def _compare(
         strangers += sorted(counts.keys() - set(wanted))
         if [message_id for _, message_id in have] != wanted or [position for position, _ in have] != list(range(1, len(have) + 1)):
             disorder.append(f"{stream}: positions {[p for p, _ in have][:5]}…, {len(have)} of {len(wanted)}")
-
-
-async def check_exactly_once(dsn: str, bootstrap: str, view_topic: str, expected: Expected) -> None:
-    """Every published event once and in order, in the store and in the view as a `read_committed` consumer sees it; nothing else."""
-    faults = await find_faults(dsn, bootstrap, view_topic, expected)
-    assert not faults, str(faults)
-
-
-def read_topic(bootstrap: str, topic: str, *, isolation: str = "read_committed") -> list[Any]:
-    """Every record from the beginning to the end as it is now; of a partition in order. Blocks."""
-    consumer = Consumer(
-        {
-            "bootstrap.servers": bootstrap,
-            "group.id": secrets.token_hex(8),
-            "isolation.level": isolation,
-            "enable.partition.eof": True,
-            "enable.auto.commit": False,
-            "log_level": 0,
-        }
-    )
-    try:
-        left = set(consumer.list_topics(topic, timeout=10).topics[topic].partitions)
-        consumer.assign([TopicPartition(topic, p, 0) for p in left])
-        found: list[Any] = []
-        while left:
-            for message in consumer.consume(1000, 1.0):
-                error = message.error()
-                if error is None:
-                    found.append(message)
-                elif error.code() == KafkaError._PARTITION_EOF:
-                    left.discard(message.partition() or 0)
-                elif not error.retriable():
-                    raise KafkaException(error)
-        return found
-    finally:
-        consumer.close()
 
 
 # ── waiting and asking ──────────────────────────────────────────────────────────────────────────────────────────────────

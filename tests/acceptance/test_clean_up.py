@@ -31,9 +31,7 @@ def world(make_world: Callable[..., World]) -> World:
     """Keys of every scope, in two versions each; the first is retired."""
     install = [{"class": "PerClass", "key_scope": "class"}, {"class": "PerTenant", "key_scope": "tenant"}, {"class": "Siv", "key_scope": "subject"}]
     world = make_world(policies={"install": install})
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
     events(world)
     assert world.carry_out("rotate", Scope.of_tenant("acme"))["status"] == "done"
     events(world)

@@ -15,9 +15,7 @@ RECEIPT = {
 
 
 def test_publish_store_view_rotate_shred_and_every_list_in_the_contracts_shapes(world: World) -> None:
-    world.control(wait=False)
-    world.run("one")
-    world.planes[0].wait_ready()
+    world.both()
     topic = world.topic("in")
 
     # publish, from standard input and from a file; subscribe

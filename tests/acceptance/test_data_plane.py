@@ -14,6 +14,7 @@ from sidecar import telemetry
 from sidecar.core.errors import StoreUnavailable
 from sidecar.kafka.client import OutcomeUnknown
 from sidecar.pipeline import Pipeline
+from sidecar.testing.control_plane import read_topic
 from sidecar.testing.local_stack import LocalStack
 from sidecar.work import Work
 from tests.acceptance import harness
@@ -23,9 +24,7 @@ from tests.acceptance.harness import World, plane, query, query_all, until
 @pytest.fixture
 async def world(local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str]) -> World:
     client = {"session.timeout.ms": 2000, "heartbeat.interval.ms": 200}
-    world = World(
-        tmp_path, local_stack.bootstrap_servers, database, unique("d"), kafka={"bootstrap_servers": local_stack.bootstrap_servers, "client": client}
-    )
+    world = World(tmp_path, local_stack.bootstrap_servers, database, unique("d"), kafka={"client": client})
     await world.prepare()
     return world
 
@@ -124,13 +123,13 @@ async def test_what_was_stored_and_not_projected_is_projected_from_the_store(wor
     dying = world.launch("a", main=DIES_BETWEEN_STORE_AND_VIEW)
     assert await asyncio.to_thread(dying.process.wait, 120) == -signal.SIGKILL
     stored = await world.stored()
-    assert stored and not harness.read_topic(world.bootstrap, world.view_topic)
+    assert stored and not read_topic(world.settings, world.view_topic)
     # so that it can be told where a view record came from
     await query(world.dsn, "UPDATE messages SET data = convert_to(replace(convert_from(data, 'UTF8'), 'xxx', 'yyy'), 'UTF8')")
     async with plane(world, "a"):
         await world.settled()
     await world.check()
-    from_store = [m for m in harness.read_topic(world.bootstrap, world.view_topic) if b"yyy" in m.value()]
+    from_store = [m for m in read_topic(world.settings, world.view_topic) if b"yyy" in m.value()]
     assert len(from_store) == stored
 
 

@@ -17,6 +17,7 @@ from sidecar.app import compose
 from sidecar.kafka import consumer as kafka_consumer
 from sidecar.kafka.client import OutcomeUnknown
 from sidecar.pipeline import Pipeline
+from sidecar.testing.control_plane import read_topic
 from sidecar.testing.local_stack import LocalStack
 from sidecar.work import Work
 from tests.acceptance import harness
@@ -27,9 +28,7 @@ from tests.acceptance.test_data_plane import DIES_BETWEEN_STORE_AND_VIEW
 @pytest.fixture
 async def world(local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str]) -> World:
     client = {"session.timeout.ms": 4000, "heartbeat.interval.ms": 200}
-    world = World(
-        tmp_path, local_stack.bootstrap_servers, database, unique("e"), kafka={"bootstrap_servers": local_stack.bootstrap_servers, "client": client}
-    )
+    world = World(tmp_path, local_stack.bootstrap_servers, database, unique("e"), kafka={"client": client})
     await world.prepare()
     return world
 
@@ -79,7 +78,7 @@ async def stored_and_gone(world: World) -> None:
     dying = world.launch("a", main=DIES_BETWEEN_STORE_AND_VIEW)
     assert await asyncio.to_thread(dying.process.wait, 120) == -signal.SIGKILL
     stored = await harness.query_all(world.dsn, "SELECT partition, next_offset FROM partition_leases WHERE next_offset > 0")
-    assert stored and not harness.read_topic(world.bootstrap, world.view_topic)
+    assert stored and not read_topic(world.settings, world.view_topic)
     await delete_records(world, {row["partition"]: row["next_offset"] for row in stored})
     await asyncio.to_thread(world.publish, 60)
 

@@ -14,9 +14,7 @@ OF_THE_COMMAND = {"commands", "control_cursors", "receipts", "audit_log", "audit
 
 @pytest.fixture
 def filled(world: World) -> World:
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
     for n in range(4):
         for stream in ("aes-1", "aes-2", "class-1", "class-2", "cart-1"):
             world.event(world.topic("in"), b"v%d" % n, tenant="acme", stream=stream)

@@ -40,9 +40,7 @@ END $$;
 
 @pytest.fixture
 async def world(local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str]) -> World:
-    world = World(
-        tmp_path, local_stack.bootstrap_servers, database, unique("x"), kafka={"bootstrap_servers": local_stack.bootstrap_servers} | IMPATIENT
-    )
+    world = World(tmp_path, local_stack.bootstrap_servers, database, unique("x"), kafka=IMPATIENT)
     await world.prepare()
     return world
 
@@ -84,7 +82,7 @@ async def freeze(instance: Instance, seconds: float) -> None:
 class Overtaken(Pipeline):
     """Holds its first batch just before it is stored, until somebody else has taken the lease and stored the same records."""
 
-    dsn = ""
+    world: World
     held = gone_on = False
 
     async def revoked(self, partitions: list[Any], lost: bool) -> None:
@@ -98,7 +96,7 @@ class Overtaken(Pipeline):
         async def overtaken() -> bool:
             assert self.source is not None
             await self.source.idle(0.1)
-            rows = await harness.query_all(self.dsn, "SELECT partition, next_offset FROM partition_leases")
+            rows = await harness.query_all(self.world.dsn, "SELECT partition, next_offset FROM partition_leases")
             ends = {row["partition"]: row["next_offset"] for row in rows}
             return any(ends[move.partition] >= move.end for move in work.moves.values())
 
@@ -109,13 +107,13 @@ class Overtaken(Pipeline):
             self.gone_on = True
 
 
-async def overtake(world: World) -> None:
+async def overtake(world: World, pipeline: "type[Overtaken | Late]", records: int) -> None:
     """Instance a is overtaken by b with a batch in hand, goes on with it, and ends."""
-    Overtaken.dsn = world.dsn
+    pipeline.world = world
     async with AsyncExitStack() as of_b:
-        async with plane(world, "a", Overtaken) as a:
+        async with plane(world, "a", pipeline) as a:
             await until(lambda: len(a.owned) == world.partitions, "a owns all")
-            await asyncio.to_thread(world.publish, 200)
+            await asyncio.to_thread(world.publish, records)
             await until(lambda: a.held, "a holds a batch")
             await of_b.enter_async_context(plane(world, "b"))
             await until(lambda: a.gone_on, "a goes on")
@@ -123,14 +121,14 @@ async def overtake(world: World) -> None:
 
 
 async def test_a_batch_that_was_overtaken_by_the_next_owner_is_fenced(world: World) -> None:
-    await overtake(world)
+    await overtake(world, Overtaken, 200)
     await world.check()
 
 
 async def test_control_without_the_fence_an_overtaken_batch_is_stored_twice(world: World) -> None:
     async with harness.session(world.dsn) as connection:
         await connection.execute(BREAK_THE_FENCE)
-    await overtake(world)
+    await overtake(world, Overtaken, 200)
     assert (await world.faults()).twice_in_store
 
 
@@ -235,27 +233,14 @@ class LateWithMetadataOfNow(Late):
         self.ports.producer.emit = emit  # type: ignore[method-assign]
 
 
-async def hold_over_a_rebalance(world: World, pipeline: type[Late]) -> None:
-    """Instance a has stored a batch; its partitions go to b; then a goes on, and ends."""
-    pipeline.world = world
-    async with AsyncExitStack() as of_b:
-        async with plane(world, "a", pipeline) as a:
-            await until(lambda: len(a.owned) == world.partitions, "a owns all")
-            await asyncio.to_thread(world.publish, 40)
-            await until(lambda: a.held, "a holds a batch between store and view")
-            await of_b.enter_async_context(plane(world, "b"))
-            await until(lambda: a.gone_on, "a goes on")
-        await world.settled()
-
-
 async def test_a_batch_that_ends_after_its_partitions_were_given_away_does_not_project(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kafka_consumer, "RELEASE_SECONDS", 0.05)
-    await hold_over_a_rebalance(world, Late)
+    await overtake(world, Late, 40)
     await world.check()
 
 
 async def test_control_with_group_metadata_taken_at_commit_the_view_gets_records_twice(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kafka_consumer, "RELEASE_SECONDS", 0.05)
-    await hold_over_a_rebalance(world, LateWithMetadataOfNow)
+    await overtake(world, LateWithMetadataOfNow, 40)
     faults = await world.faults()
     assert faults.twice_in_view and not faults.twice_in_store

@@ -188,9 +188,7 @@ def test_data_plane_and_readers_need_no_right_to_the_quarantine(make_world: Call
     limited = parts._replace(netloc=f"{role}@{parts.netloc.rpartition('@')[2]}").geturl()
     reconfigured(world, postgres={"dsn": world.dsn, "dsn_data": limited, "dsn_reader": limited})
     try:
-        world.control(wait=False)
-        world.run()
-        world.planes[0].wait_ready()
+        world.both()
         world.event(world.topic("in"), b"v", tenant="acme", stream="aes-1")
         world.settle()
         assert statuses(world, "acme") == ["ok"]

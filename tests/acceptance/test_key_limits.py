@@ -3,11 +3,9 @@
 And the history of a stream's keys is right to the position, over rotations, redone batches, crashes and rebalances.
 """
 
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 from uuid import UUID
 
@@ -19,7 +17,7 @@ from sidecar.core.model import Scope, ScopeKind
 from sidecar.pipeline import Pipeline, Ports
 from tests.acceptance.key_history import key_history_faults
 from tests.acceptance.test_shred_and_rotate_under_traffic import in_process
-from tests.acceptance.world import World, until
+from tests.acceptance.world import World, again_and_again, until
 
 POLICIES = {
     "install": [
@@ -165,27 +163,15 @@ def test_control_without_reservations_a_shared_key_seals_beyond_the_hard_limit(m
 # the history, to the position
 
 
-@contextmanager
-def traffic(world: World) -> Iterator[None]:
+def traffic(world: World) -> AbstractContextManager[None]:
     """Events of every kind of key, without a pause, on both partitions."""
-    stop = threading.Event()
 
-    def publish() -> None:
-        n = 0
-        while not stop.is_set():
-            n += 1
-            for stream, partition in (("aes-0", 0), ("aes-1", 1), ("class-0", 0), ("class-1", 1), ("tenant-0", 0), ("siv-0", 0), ("siv-1", 1)):
-                subject = (("ce_subjectid", b"p%d" % (n % 5)),)
-                world.event(world.topic("in"), b"v", stream=stream, partition=partition, headers=subject)
-            time.sleep(0.01)
+    def publish(n: int) -> None:
+        for stream, partition in (("aes-0", 0), ("aes-1", 1), ("class-0", 0), ("class-1", 1), ("tenant-0", 0), ("siv-0", 0), ("siv-1", 1)):
+            subject = (("ce_subjectid", b"p%d" % (n % 5)),)
+            world.event(world.topic("in"), b"v", stream=stream, partition=partition, headers=subject)
 
-    thread = threading.Thread(target=publish)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    return again_and_again(publish, 0.01)
 
 
 def more(world: World, count: int) -> None:

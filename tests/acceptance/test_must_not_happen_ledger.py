@@ -7,8 +7,8 @@ import asyncio
 import shutil
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from sidecar.signing import control_signer
 from sidecar.steps import FINISHED, Steps, SystemClock
 from sidecar.testing import control_plane as kit
 from sidecar.testing.local_stack import LocalStack, start_postgres, stop_postgres
-from tests.acceptance.world import World, build, in_process, until
+from tests.acceptance.world import World, again_and_again, build, in_process, until
 
 ACME = Scope.of_tenant("acme")
 
@@ -134,26 +134,14 @@ def live_keys(world: World, scope: Scope) -> list[str]:
     return [row["name"] for row in rows] + [f"{row['stream_id']}/{row['position']} reads {row['status']}" for row in opened]
 
 
-@contextmanager
-def traffic(world: World, tenants: list[str]) -> Iterator[None]:
-    """Events of one stream that is shredded and, where it is not the tenant, one that is not."""
-    stop = threading.Event()
+def traffic(world: World, tenants: list[str]) -> AbstractContextManager[None]:
+    """Events of the stream that is shredded, of each tenant."""
 
-    def publish() -> None:
-        n = 0
-        while not stop.is_set():
-            for tenant in tenants:
-                world.event(world.topic("in"), b"%d" % n, tenant=tenant, stream="aes-1")
-            n += 1
-            stop.wait(0.02)
+    def publish(n: int) -> None:
+        for tenant in tenants:
+            world.event(world.topic("in"), b"%d" % n, tenant=tenant, stream="aes-1")
 
-    thread = threading.Thread(target=publish)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    return again_and_again(publish, 0.02)
 
 
 ORDERS = ["", "r", "s", "sr", "rs", "srr", "rsr", "ss", "ssr", "sss", "sssr", "rss", "rrs"]

@@ -279,9 +279,7 @@ def answers(world: World, tenant: str, keys: KeyManagement) -> set[str]:
 
 
 def test_11_a_kms_that_is_away_is_not_read_as_erased(world: World) -> None:
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
     fill(world)
     keys = KeyManagement(open_kms(world.settings.kms.uri))
     with kms_away(world):

@@ -37,9 +37,7 @@ def seen(world: World, stream: str) -> list[Any]:
 
 @pytest.fixture
 def running(world: World) -> World:
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
     return world
 
 

@@ -84,9 +84,7 @@ def recycle_wal(world: World) -> None:
 def test_every_kind_of_residue_is_watched_to_its_end_and_complete_comes_after_the_last(make_world: Callable[..., World]) -> None:
     world = make_world(backups=NO_BACKUPS)
     world = reconfigured(world, views=[view_of(world.name)], sources=[{"topic": f"{world.name}.in", "purge": "after_projection"}])
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
     fill(world)
     read_with_group(world, f"{world.name}.reporting")
     assert payloads(world, world.topic("view"), "acme") == 80
@@ -149,9 +147,7 @@ def destroy_seal_epoch(world: World) -> None:
 def test_tombstones_and_compaction_take_the_shredded_records_and_no_others(make_world: Callable[..., World], scope: Scope, key: str) -> None:
     world = make_world()
     world = reconfigured(world, views=[view_of(world.name, key=key)])
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
     fill(world)
     before = {(m.partition(), m.offset()) for m in world.records(world.topic("view")) if not shredded(m, scope)}
     receipt = world.carry_out("shred", scope)
@@ -174,9 +170,7 @@ def shredded(message: Any, scope: Scope) -> bool:
 def test_the_records_of_a_view_of_this_tenant_alone_are_deleted(make_world: Callable[..., World]) -> None:
     world = make_world()
     world = reconfigured(world, views=[view_of(world.name, match={"tenants": ["acme"]}, erase_within="1h")])
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
     fill(world)
     receipt = world.carry_out("shred", ACME)
     done(world, receipt, "view")
@@ -215,9 +209,7 @@ def test_what_nothing_ends_is_pending_and_says_so_and_there_is_no_complete(make_
     """Control: nothing is declared, nothing is purged, the view's keys are sealed with their events. The same checker finds no end."""
     world = make_world()
     world = reconfigured(world, views=[view_of(world.name, key="source")])
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
     fill(world, ("aes-1",))
     receipt = world.carry_out("shred", ACME)
     done(world, receipt, "database")
@@ -241,9 +233,7 @@ def test_what_nothing_ends_is_pending_and_says_so_and_there_is_no_complete(make_
 
 def test_an_old_snapshot_holds_the_dead_rows_back_and_is_named(make_world: Callable[..., World]) -> None:
     world = make_world()
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
     fill(world, ("aes-1",))
 
     async def hold() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -266,9 +256,7 @@ def test_an_old_snapshot_holds_the_dead_rows_back_and_is_named(make_world: Calla
 
 def test_the_wrapped_bytes_leave_the_files_of_the_key_tables(make_world: Callable[..., World]) -> None:
     world = make_world()
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
     for n in range(40):
         world.event(world.topic("in"), b"v", tenant=f"t{n}", stream="aes-1")
     world.event(world.topic("in"), b"v", tenant="acme", stream="aes-1")
@@ -288,9 +276,7 @@ def found_on_disk(world: World, needle: bytes) -> bool:
 def test_a_date_is_never_earlier_than_the_act(make_world: Callable[..., World]) -> None:
     """What ends by itself says when, and that moment lies ahead."""
     world = make_world(backups={"database_days": 30, "keystore_days": 7, "wal_days": 2})
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
     fill(world, ("aes-1",))
     receipt = world.carry_out("shred", ACME)
     done(world, receipt, "database")
@@ -309,9 +295,7 @@ def test_deleted_plain_events_leave_residue_of_their_own_until_it_is_gone(make_w
     """Their text stands in dead rows, in the log, in backups and in a view that was not compacted yet, whatever becomes of keys."""
     world = make_world(backups=NO_BACKUPS)
     world = reconfigured(world, views=[view_of(world.name)])
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
     fill(world, ("cart-1",))
     plain = Scope(tenant="acme", kind=ScopeKind.STREAM, id="cart-1")
     receipt = world.carry_out("shred", plain, options={"include_plain": True})

@@ -7,8 +7,8 @@ import asyncio
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -17,33 +17,21 @@ from sidecar.core.envelope import parse_header
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.core.view import guard_stripe, view_partition
 from sidecar.pipeline import Pipeline
-from tests.acceptance.world import World, in_process, until
+from tests.acceptance.world import World, again_and_again, in_process, until
 
 TENANTS = ("acme", "globex")
 STREAMS = ("aes-1", "aes-2", "chacha-1", "class-1", "class-2")
 
 
-@contextmanager
-def traffic(world: World, per_second: int = 2000) -> Iterator[None]:
+def traffic(world: World, per_second: int = 2000) -> AbstractContextManager[None]:
     """Events of every tenant and stream, without a pause, until the block ends."""
-    stop = threading.Event()
 
-    def publish() -> None:
-        n = 0
-        while not stop.is_set():
-            for tenant in TENANTS:
-                for stream in STREAMS:
-                    world.event(world.topic("in"), b"canary %d" % n, tenant=tenant, stream=stream)
-            n += 1
-            time.sleep(len(TENANTS) * len(STREAMS) / per_second)
+    def publish(n: int) -> None:
+        for tenant in TENANTS:
+            for stream in STREAMS:
+                world.event(world.topic("in"), b"canary %d" % n, tenant=tenant, stream=stream)
 
-    thread = threading.Thread(target=publish)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    return again_and_again(publish, len(TENANTS) * len(STREAMS) / per_second)
 
 
 def warm(world: World) -> None:
@@ -103,10 +91,7 @@ SCOPES = [
 
 @pytest.mark.parametrize("scope", SCOPES, ids=["tenant", "stream", "class of stream keys", "class with one key"])
 def test_shred_under_traffic_leaves_nothing_beyond_the_barrier(world: World, scope: Scope) -> None:
-    world.control(wait=False)
-    world.run()
-    world.run("two")
-    world.planes[0].wait_ready()
+    world.both("one", "two")
     with traffic(world):
         warm(world)
         receipt = world.carry_out("shred", scope)
@@ -259,9 +244,7 @@ def test_a_stopped_instance_that_holds_the_guard_is_fenced_and_its_late_commit_i
 
 
 def test_writes_after_a_shred_are_refused_and_audited_and_make_no_key(world: World) -> None:
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
     for tenant, stream in (("acme", "aes-1"), ("acme", "cart-1"), ("globex", "aes-1"), ("globex", "aes-2"), ("globex", "class-1")):
         world.event(world.topic("in"), b"v", tenant=tenant, stream=stream)
     world.settle()
@@ -294,9 +277,7 @@ def test_writes_after_a_shred_are_refused_and_audited_and_make_no_key(world: Wor
 
 
 def test_a_stream_is_fenced_before_its_first_event(world: World) -> None:
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
     world.event(world.topic("in"), b"v", stream="aes-1")
     world.settle()
     receipt = world.carry_out("shred", Scope(tenant="acme", kind=ScopeKind.STREAM, id="aes-unknown"))
@@ -313,10 +294,7 @@ def test_a_stream_is_fenced_before_its_first_event(world: World) -> None:
 
 @pytest.mark.parametrize("scope", SCOPES, ids=["tenant", "stream", "class of stream keys", "class with one key"])
 def test_rotation_under_traffic_every_event_opens_and_the_old_version_seals_nothing_after_the_receipt(world: World, scope: Scope) -> None:
-    world.control(wait=False)
-    world.run()
-    world.run("two")
-    world.planes[0].wait_ready()
+    world.both("one", "two")
     with traffic(world):
         warm(world)
         receipt = world.carry_out("rotate", scope)

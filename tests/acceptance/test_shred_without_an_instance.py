@@ -101,9 +101,7 @@ def test_an_instance_that_is_cut_off_from_postgres_is_fenced_and_what_it_commits
         through = parts._replace(netloc=f"{parts.username}@127.0.0.1:{wire.port}").geturl()
         document = json.loads(world.config.read_text())
         reconfigured(world, postgres=document["postgres"] | {"dsn_data": through})
-        world.control(wait=False)
-        world.run()
-        world.planes[0].wait_ready()
+        world.both()
         with traffic(world):
             warm(world)
 

@@ -42,9 +42,7 @@ def statuses(world: World, tenant: str = "acme", **which: Any) -> list[tuple[str
 
 
 def test_one_command_shreds_a_person_across_streams_and_classes(world: World) -> None:
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
     for who, stream, tenant in (
         ("jane", "aes-1", "acme"), ("john", "aes-1", "acme"), ("jane", "aes-2", "acme"), ("jane", "chacha-1", "acme"), ("john", "chacha-1", "acme"),
         ("jane", "aes-1", "acme"), ("jane", "siv-1", "acme"), ("jane", "cart-1", "acme"), ("jane", "aes-1", "globex"),
@@ -80,9 +78,7 @@ def test_one_command_shreds_a_person_across_streams_and_classes(world: World) ->
 
 
 def test_a_person_is_fenced_before_the_first_event(world: World) -> None:
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
     of(world, "john", "aes-1")
     world.settle()
     receipt = world.carry_out("shred", person("jane"))
@@ -170,9 +166,7 @@ def test_a_stream_or_class_of_persons_events_is_not_shredded_and_the_persons_are
     ids=["person", "stream", "class", "tenant"],
 )
 def test_a_rotation_retires_the_persons_keys_of_its_scope_and_a_shred_gets_all_versions(world: World, scope: Scope, rotated: set[str]) -> None:
-    world.control(wait=False)
-    world.run()
-    world.planes[0].wait_ready()
+    world.both()
 
     def everybody() -> None:
         for who, stream in (("jane", "aes-1"), ("jane", "aes-2"), ("john", "aes-1"), ("mary", "chacha-1")):

@@ -13,12 +13,13 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import asyncpg
-from confluent_kafka import OFFSET_BEGINNING, Consumer, ConsumerGroupTopicPartitions, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import ConsumerGroupTopicPartitions, Producer
 from confluent_kafka.admin import AdminClient
 
 from sidecar.app import compose
@@ -136,6 +137,13 @@ class World:
         started = self.start("control")
         return started.wait_ready() if wait else started
 
+    def both(self, *instances: str) -> None:
+        """The control plane, and the data plane's instances (`one`, where none is named), started side by side and ready."""
+        control = self.control(wait=False)
+        for instance in instances or ("one",):
+            self.run(instance)
+        control.wait_ready()
+
     def cli(self, *words: str, stdin: bytes = b"", environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-m", "sidecar", "--config", str(self.config), *words]
         return subprocess.run(
@@ -222,24 +230,7 @@ class World:
 
     def records(self, topic: str) -> list[Any]:
         """Every committed record from the beginning to the end as it is now, of a partition in order."""
-        own = {"group.id": secrets.token_hex(8), "isolation.level": "read_committed", "enable.partition.eof": True, "enable.auto.commit": False}
-        consumer = Consumer(client_config(self.settings, **own))
-        found: list[Any] = []
-        try:
-            left = set(consumer.list_topics(topic, timeout=10).topics[topic].partitions)
-            consumer.assign([TopicPartition(topic, p, OFFSET_BEGINNING) for p in left])  # 0 may be deleted
-            while left:
-                for message in consumer.consume(1000, 0.05):
-                    error = message.error()
-                    if error is None:
-                        found.append(message)
-                    elif error.code() == KafkaError._PARTITION_EOF:
-                        left.discard(message.partition())
-                    else:
-                        raise KafkaException(error)
-        finally:
-            consumer.close()
-        return found
+        return kit.read_topic(self.settings, topic)
 
     def dead_letters(self) -> dict[tuple[str, int, int], str]:
         """As the topic has them: source → reason."""
@@ -345,6 +336,26 @@ def in_process(world: World, pipeline: Callable[..., Pipeline], instance: str = 
                 loop.call_soon_threadsafe(stop.set)
         thread.join(PATIENCE_SECONDS)
     assert bool(failures) is dies, failures
+
+
+@contextmanager
+def again_and_again(act: Callable[[int], None], pause: float) -> Iterator[None]:
+    """`act(0)`, `act(1)`, … in a thread of its own, with that pause between them, until the block ends."""
+    stop = threading.Event()
+
+    def run() -> None:
+        for number in count():
+            act(number)
+            if stop.wait(pause):
+                return
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def build(
