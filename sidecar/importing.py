@@ -11,7 +11,7 @@ A stream that has events which this import did not bring is not touched, and nei
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC
+from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any, Final
 from uuid import NAMESPACE_URL, uuid5
@@ -301,6 +301,8 @@ def event_of(row: Any, name: str, content: str, classify: Classify) -> Row:
     if not isinstance(metadata, dict):
         raise MalformedRecord("the metadata are no JSON object")
     at = row["occurred_at"]
+    if not isinstance(at, datetime | None):
+        raise MalformedRecord("occurred_at is no point in time: map a column of type timestamp")
     event = NewEvent(
         type=row["type"],
         data=_data(row["data"], content),
@@ -314,10 +316,12 @@ def event_of(row: Any, name: str, content: str, classify: Classify) -> Row:
     return Row(tenant=row["tenant"], stream=row["stream"], stream_class=stream_class, position=row["position"], event=event)
 
 
-def _data(value: str | bytes | None, content: str) -> Json | bytes | None:
-    """To the byte as the table gives it. Raises ValueError for what is said to be JSON and is none."""
+def _data(value: object, content: str) -> Json | bytes | None:
+    """To the byte as the table gives it. Raises MalformedRecord, and ValueError for what is said to be JSON and is none."""
     if value is None:
         return None
+    if not isinstance(value, str | bytes):
+        raise MalformedRecord("the data are no JSON, text or bytes: map a column of such a type")
     raw = value.encode() if isinstance(value, str) else bytes(value)
     if content == "bytes":
         return raw

@@ -335,6 +335,29 @@ def test_what_a_readmitted_scope_publishes_stays_in_the_views(make_world: Callab
     assert not [m for m in world.records(world.topic("view")) if m.value() not in (None, b"new") and shredded(m, scope)]
 
 
+async def test_what_events_were_before_they_were_sealed_anew_leaves_the_files_too(
+    local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str]
+) -> None:
+    """Plaintext, or what a key opens that goes on: of others of the class, or of the stream that the person's events lay in."""
+    async with control_plane(local_stack, database, tmp_path, unique("c")) as plane:
+        tables = {}
+        for tenant, resealed in (("acme", 0), ("zeta", 3)):
+            await kit.seed(plane.database, tenant, {"a": "C"})
+            await kit.add_events(plane.database, tenant, "a", 3)
+            await plane.database.execute(
+                "INSERT INTO jobs (command_id, chunk, tenant_id, streams, plain, resealed) VALUES (gen_random_uuid(), 0, $1, '{a}', false, $2)",
+                tenant, resealed,
+            )  # fmt: skip
+            shred = await plane.carry_out("shred", Scope(tenant=tenant, kind=ScopeKind.STREAM, id="a"))
+            ended = "SELECT details FROM residue WHERE command_id = $1::text::uuid AND kind = 'database' AND state = 'done'"
+            async with asyncio.timeout(60):
+                while not (details := await plane.database.fetchval(ended, shred["command_id"])):  # noqa: ASYNC110 (no event says so)
+                    await asyncio.sleep(0.05)
+            tables[tenant] = details["tables"]
+    assert "messages" not in tables["acme"]  # control
+    assert tables["zeta"]["messages"] == "rewritten"
+
+
 async def test_of_two_control_planes_that_end_the_last_two_places_at_once_one_says_complete(
     local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
