@@ -5,7 +5,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, KafkaError, KafkaException, Producer, TopicCollection, TopicPartition
+from confluent_kafka import (
+    Consumer,
+    ConsumerGroupTopicPartitions,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    Producer,
+    TopicCollection,
+    TopicPartition,
+)
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
 
 from sidecar.core.errors import BrokerUnavailable
@@ -131,13 +140,19 @@ class Admin:
 
     def committed(self, group: str, topic: str) -> dict[int, int]:
         """The group's committed offsets on the topic; none where there is no such group."""
+        found = self.describe([topic]).get(topic)
+        wanted = [TopicPartition(topic, partition) for partition in range(found.partitions)] if found else []
+        # asked by an admin client, of a broker that coordinates the group no more, librdkafka crashes the process (2.16)
+        consumer = Consumer(client_config(self._settings, **{"group.id": group}))
         try:
-            asked = self._client.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)], request_timeout=TIMEOUT_SECONDS)[group].result()
-        except KafkaException as error:
-            if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
-                return {}
-            raise translate(error.args[0]) from None
-        return {tp.partition: tp.offset for tp in asked.topic_partitions or () if tp.topic == topic and tp.offset >= 0}
+            with mapped():
+                at = consumer.committed(wanted, timeout=TIMEOUT_SECONDS)
+                for tp in at:
+                    if tp.error is not None:
+                        raise KafkaException(tp.error)
+        finally:
+            consumer.close()
+        return {tp.partition: tp.offset for tp in at if tp.offset >= 0}
 
     def fence(self, transactional_id: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         """Void whatever the producers with this id have open: what they send from now on is refused by the broker."""

@@ -187,9 +187,9 @@ _QUICK = {
     "group.consumer.session.timeout.ms": "6000",
     "group.consumer.min.session.timeout.ms": "1000",
     "transaction.abort.timed.out.transaction.cleanup.interval.ms": "1000",
-    # A killed broker is let in again only after its old session ended.
-    "broker.heartbeat.interval.ms": "250",
-    "broker.session.timeout.ms": "1500",
+    # A killed broker is let in again only after its old session ended. One that gets no CPU for as long is shut out, with every topic on it.
+    "broker.heartbeat.interval.ms": "500",
+    "broker.session.timeout.ms": "9000",
     "log.initial.task.delay.ms": "500",
     "log.retention.check.interval.ms": "1000",
     "log.segment.delete.delay.ms": "1000",

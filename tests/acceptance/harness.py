@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, Producer
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from sidecar.app import compose
 from sidecar.kafka.admin import Admin
@@ -124,7 +123,7 @@ class World:
         self.expected: dict[Stream, list[str]] = {}
         self.ends: dict[tuple[str, int], int] = {}
         self._number = 0
-        self._client = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
+        self._asking = Consumer({"bootstrap.servers": bootstrap, "group.id": self.settings.group_id, "log_level": 0})
 
     async def prepare(self) -> None:
         """The source topic and a migrated database; the rest `run` makes itself in development."""
@@ -203,10 +202,9 @@ class World:
         return int(await query(self.dsn, "SELECT count(*) FROM messages") or 0)
 
     def committed(self) -> dict[tuple[str, int], int]:
-        """The group's committed offsets."""
-        group = ConsumerGroupTopicPartitions(self.settings.group_id)
-        found = self._client.list_consumer_group_offsets([group], request_timeout=10)[self.settings.group_id].result()
-        return {(tp.topic, tp.partition): tp.offset for tp in found.topic_partitions or []}
+        """The group's committed offsets, of the source topic's partitions."""
+        found = self._asking.committed([TopicPartition(self.topic, partition) for partition in range(self.partitions)], timeout=10)
+        return {(tp.topic, tp.partition): tp.offset for tp in found}
 
     async def settled(self) -> None:
         """Both cursors of every partition stand behind the last event that was published: no more is to come of it."""

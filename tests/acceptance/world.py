@@ -19,8 +19,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import asyncpg
-from confluent_kafka import ConsumerGroupTopicPartitions, Producer
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import Consumer, Producer, TopicPartition
 
 from sidecar.app import compose
 from sidecar.core.model import Erased, Event, Scope
@@ -116,7 +115,7 @@ class World:
     sent: dict[tuple[str, int], int] = field(default_factory=dict)
     """Behind the last record that was sent to each partition."""
     _producer: Producer | None = None
-    _admin: AdminClient | None = None
+    _asking: Consumer | None = None
 
     # processes
 
@@ -159,6 +158,8 @@ class World:
     def close(self) -> None:
         for plane in self.planes:
             plane.kill()
+        if self._asking is not None:
+            self._asking.close()
 
     # Kafka
 
@@ -207,11 +208,11 @@ class World:
         return admin.offsets({topic: admin.describe([topic])[topic].partitions})[topic]
 
     def committed(self) -> dict[tuple[str, int], int]:
-        """The group's committed offsets: what is projected."""
-        if self._admin is None:
-            self._admin = AdminClient(client_config(self.settings))
-        asked = self._admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(self.settings.group_id)], request_timeout=10)
-        return {(tp.topic, tp.partition): tp.offset for tp in asked[self.settings.group_id].result().topic_partitions or ()}
+        """The group's committed offsets, of the partitions that were sent to: what is projected."""
+        if self._asking is None:
+            self._asking = Consumer(client_config(self.settings, **{"group.id": self.settings.group_id}))
+        found = self._asking.committed([TopicPartition(*at) for at in self.sent], timeout=PATIENCE_SECONDS)
+        return {(tp.topic, tp.partition): tp.offset for tp in found}
 
     def settle(self) -> None:
         """Everything that was sent is stored and projected, or answered otherwise: the group's offsets are behind it."""
