@@ -7,9 +7,9 @@ person's: their shred removes the rows.
 """
 
 import hmac
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from json import JSONDecoder
 from typing import Any, Final
 
@@ -21,7 +21,10 @@ from sidecar.core.model import Scope, ScopeKind
 SCOPE_ID: Final = "#blind-index"
 """In `encryption_keys.scope_id`, with kind tenant; no tenant's id begins so."""
 _DOMAIN: Final = b"ks/blind-index/v1"
-_scalar = JSONDecoder(parse_int=Decimal, parse_float=Decimal).decode
+_NUMBER: Final = re.compile(r"(-?)(\d+)(?:\.(\d+))?(?:[eE]([+-]?)0*(\d*))?", re.ASCII)
+_LONGEST_EXPONENT: Final = 1000
+"""Digits. What is longer is equal to its own spelling alone."""
+_scalar = JSONDecoder().decode
 
 
 def scope_of_index(tenant: str) -> Scope:
@@ -46,15 +49,22 @@ def canonical(json_text: str) -> bytes | None:
     """One spelling per text, number or truth value: 1, 1.0 and 1e0 are equal, "a" and "A" are not. None for null, objects and arrays: not indexed."""
     if json_text[:1] in ("{", "[", "n"):
         return None
+    if number := _NUMBER.fullmatch(json_text.strip()):
+        return _canonical_number(json_text, *number.groups(""))
     value: Any = _scalar(json_text)
-    if isinstance(value, str):
-        return b"s" + value.encode("utf-8", "surrogatepass")
-    if isinstance(value, bool):
-        return b"b1" if value else b"b0"
-    sign, digits, exponent = value.as_tuple()
-    stripped = "".join(map(str, digits)).rstrip("0").lstrip("0")
-    zeros = len(digits) - len("".join(map(str, digits)).rstrip("0"))
-    return f"n{'-' if sign else ''}{stripped}e{exponent + zeros}".encode() if stripped else b"n0"
+    return b"s" + value.encode("utf-8", "surrogatepass") if isinstance(value, str) else b"b1" if value else b"b0"
+
+
+def _canonical_number(json_text: str, sign: str, whole: str, part: str, direction: str, exponent: str) -> bytes:
+    """Of any size: a producer may write 1e99999999999999999999, which no number type holds."""
+    digits = whole + part
+    significant = digits.rstrip("0")
+    zeros, significant = len(digits) - len(significant), significant.lstrip("0")
+    if not significant:
+        return b"n0"
+    if len(exponent) > _LONGEST_EXPONENT:
+        return b"n" + json_text.strip().encode()
+    return f"n{sign}{significant}e{int(direction + (exponent or '0')) - len(part) + zeros}".encode()
 
 
 def tokens(key: IndexKey, document: Document, indexed: Sequence[str]) -> Iterator[bytes]:

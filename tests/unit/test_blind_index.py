@@ -40,6 +40,8 @@ def test_values_have_one_spelling_exactly_if_they_are_equal(one: object, other: 
         (("1", "1.0", "1e0", "10e-1", "0.1E1"), True), (("0", "-0", "0.0", "0e9"), True), (("-1", "-1.00"), True), (('"a"', '"\\u0061"'), True),
         (("1", '"1"'), False), (("1", "true"), False), (('"a"', '"A"'), False), (("1", "-1"), False), (("1", "10"), False), (('""', "0"), False),
         (("123456789012345678901234567890", "123456789012345678901234567891"), False), (("1e999", "1e998"), False),
+        (("1e99999999999999999999", "10e+099999999999999999998"), True), (("1e-99999999999999999999", "1e-99999999999999999998"), False),
+        (("0e99999999999999999999", "0"), True), (("1e" + "9" * 5000,) * 2, True), (("1e" + "9" * 5000, "1e-" + "9" * 5000), False),
     ],
 )  # fmt: skip
 def test_equality_is_of_values_not_of_spellings(group: tuple[str, ...], equal: bool) -> None:
