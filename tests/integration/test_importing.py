@@ -426,3 +426,14 @@ def test_a_map_is_read_strictly_and_its_password_never_shown(tmp_path: Path) -> 
     (tmp_path / "map.yaml").write_text(text)
     assert "the-password" not in repr(load_map(tmp_path / "map.yaml"))
     assert load_map(tmp_path / "map.yaml").dsn("ours").endswith("the-password@db/shop")
+
+
+async def test_columns_of_another_kind_are_refused_and_not_taken_for_bytes(library: Library, database: str) -> None:
+    """`bytes(3)` would be three NULs, here and in the check at the end."""
+    await execute(database, "CREATE TABLE odd (s TEXT, n BIGINT, d DATE, t TEXT)", "INSERT INTO odd VALUES ('a', 3, '2024-02-29', '{}')")
+    base = {"tenant": {"const": "acme"}, "stream": "s", "position": "n", "type": {"const": "T"}}
+    for number, odd in enumerate(({"data": "n"}, {"data": "t", "occurred_at": "d"}, {"data": "t", "occurred_at": "t"})):
+        plan = ImportMap.model_validate({"name": f"odd{number}", "source": {"table": "odd"}, "order": ["n"], "events": base | odd})
+        with pytest.raises(MalformedRecord, match="row 1"):
+            await carried(library, database, plan)
+    assert await library.plain.pool.fetchval("SELECT count(*) FROM messages") == 0
