@@ -26,7 +26,7 @@ from sidecar.core.command import Command, receipt_id, rfc3339
 from sidecar.core.errors import SidecarError
 from sidecar.grace import Grace
 from sidecar.notices import Notices
-from sidecar.postgres import blind_index, commands, residue, scopes, shreds
+from sidecar.postgres import blind_index, commands, jobs, residue, scopes, shreds
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import Connection, transaction
 from sidecar.postgres.residue import Entry, Look, Planned, Shown
@@ -72,7 +72,8 @@ class Residue:
             sources = await shreds.source_topics(connection)
             ends = await shreds.source_ends(connection, job.command_id)
             of_index = plan_index(await blind_index.any_gone(connection, command.scope))
-        stored = plan_store(self._settings, job.facts, now)
+            resealed = await jobs.any_resealed(connection, command.scope.tenant)
+        stored = plan_store(self._settings, job.facts, now, resealed=resealed)
         views = await self._notices.affected(command.scope)
         described = await asyncio.to_thread(self._steps.admin.describe, {view.topic for view in views} | {topic for _, topic, _ in sources})
         configs = {topic: await asyncio.to_thread(self._steps.admin.topic_config, topic) for topic in described}

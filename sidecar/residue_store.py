@@ -19,16 +19,18 @@ WAL: Final = "write-ahead log"
 LONGEST_SECONDS: Final = 300.0
 
 
-def plan_store(settings: Settings, facts: dict[str, Any], now: datetime) -> list[Planned]:
+def plan_store(settings: Settings, facts: dict[str, Any], now: datetime, *, resealed: bool) -> list[Planned]:
     """What a shred that destroyed keys, or deleted plain events, leaves in the database, its log and its backups.
 
-    `facts["xid"]`: the transaction that destroyed; the deletions came behind it, and a grace's end will.
+    `facts["xid"]`: the transaction that destroyed; the deletions came behind it, and a grace's end will. `resealed`: events of the tenant were sealed
+    anew; what they were before is plaintext, or opens with keys that go on.
     """
     kept_until, keys, plain = facts.get("kept_until"), facts["keys"]["count"], facts.get("plain_deleted") or facts.get("remainders_deleted")
     if not keys and not plain:
         return []
-    dead: dict[str, Any] = {} if kept_until or plain else {"xid": facts["xid"]}
-    planned = [Planned(kind="database", place=DEAD_ROWS, details=dead | ({"plain": True} if plain else {})), Planned(kind="wal", place=WAL)]
+    events = bool(plain or resealed)
+    dead: dict[str, Any] = {} if kept_until or events else {"xid": facts["xid"]}
+    planned = [Planned(kind="database", place=DEAD_ROWS, details=dead | ({"events": True} if events else {})), Planned(kind="wal", place=WAL)]
     if keys:
         planned.append(Planned(kind="seal_epoch", place="seal epoch", details={"reason": "next seal epoch"}))
     if kept_until:
@@ -58,9 +60,9 @@ class DeadRows:
         async with transaction(self._pool) as connection:
             if await residue.pending(connection, entry.command_id, "grace"):
                 return Look(again=_patience(entry.attempts), details={"reason": "waits for the end of the grace"})
-            plain = {"plain": True} if entry.details.get("plain") else {}
-            details = plain | {"xid": entry.details.get("xid") or await residue.own_xid(connection)}
-        before, tables = self._rid.get(bool(plain), (0, {}))
+            events = {"events": True} if entry.details.get("events") else {}
+            details = events | {"xid": entry.details.get("xid") or await residue.own_xid(connection)}
+        before, tables = self._rid.get(bool(events), (0, {}))
         if int(details["xid"]) < before:  # what ran for a later shred took this one's rows along
             return Look(again=None, details=details | {"tables": tables})
         async with transaction(self._pool) as connection:
@@ -69,11 +71,11 @@ class DeadRows:
             since = entry.details.get("unseen_since") or await residue.unseen_since(connection)
         if held_by:
             return Look(again=_patience(entry.attempts), details=details | {"held_by": held_by})
-        tables = await residue.vacuum(self._pool, (*KEY_TABLES, "messages") if plain else KEY_TABLES, since)
+        tables = await residue.vacuum(self._pool, (*KEY_TABLES, "messages") if events else KEY_TABLES, since)
         if any("may not" in said for said in tables.values()):
             return Look(again=_patience(entry.attempts), details=details | {"tables": tables, "unseen_since": since})
         if not any(said == "autovacuumed" for said in tables.values()):
-            self._rid[bool(plain)] = (horizon, tables)
+            self._rid[bool(events)] = (horizon, tables)
         return Look(again=None, details=details | {"tables": tables})
 
 

@@ -137,6 +137,12 @@ async def finish(connection: Connection, chunk: Chunk, left: int, worker: str) -
         )  # fmt: skip
 
 
+async def any_resealed(connection: Connection, tenant: str) -> bool:
+    """Whether events of the tenant were ever sealed anew."""
+    with mapped():
+        return bool(await connection.fetchval("SELECT EXISTS (SELECT FROM jobs WHERE tenant_id = $1 AND resealed > 0)", tenant))
+
+
 async def all_done(connection: Connection) -> list[Any]:
     """Re-encryptions whose chunks are all done and whose last receipt is still to come."""
     with mapped():
