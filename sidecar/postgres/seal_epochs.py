@@ -227,12 +227,15 @@ async def mark_destroying(connection: Connection, epoch: SealEpoch) -> bool:
 
 
 async def record(connection: Connection, epoch: SealEpoch, found: KmsVersion, now: datetime) -> bool:
-    """What the KMS says of a version whose destruction was asked for; True once it says destroyed, and only then."""
+    """What the KMS says of a version whose destruction was asked for; True once it says destroyed, and only then.
+
+    Irrecoverable since it was seen to be: what the KMS has on record of it may be from when it began, or a date that was put off since.
+    """
     destroyed = found.state is VersionState.DESTROYED
     with mapped():
         await connection.execute(
             """UPDATE seal_epochs SET destroy_expected_at = $3, destroyed_at = CASE WHEN $4 THEN $5::timestamptz END,
-                 irrecoverable_at = CASE WHEN $4 THEN coalesce($3, $5) END, state = CASE WHEN $4 THEN 'destroyed' ELSE state END
+                 irrecoverable_at = CASE WHEN $4 THEN greatest($3, $5) END, state = CASE WHEN $4 THEN 'destroyed' ELSE state END
                WHERE kms_uri = $1 AND kms_key_version = $2 AND state = 'destroying'""",
             epoch.kms_uri,
             epoch.key_version,

@@ -3,13 +3,16 @@
 import asyncio
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
+import orjson
 import pytest
 
 from sidecar import rekeying
 from sidecar.core.errors import Unavailable
 from sidecar.core.model import Scope, ScopeKind
+from sidecar.kms.file import _Slot, _write_new
 from sidecar.postgres import rekeys
 from sidecar.testing import control_plane as kit
 from tests.acceptance.rolls import backup, confirm_and_destroy, irrecoverable, opened_by_anybody, restore, roll, sealing, states, statuses, wrapped_by
@@ -378,3 +381,22 @@ def test_a_shred_of_before_a_readmission_waits_for_the_keys_of_its_own_generatio
     assert irrecoverable(filled, receipt) == (None, "keystore backup to be confirmed")
     confirm_and_destroy(filled)
     assert irrecoverable(filled, receipt)[1] is None
+
+
+def test_a_destruction_that_was_cut_short_counts_from_when_it_was_done(filled: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the KMS has on record of it may be from when it began."""
+    roll(filled)
+
+    def cut_short(slot: Any, key_version: str) -> None:
+        _write_new(slot.record, orjson.dumps({"key_version": key_version, "destroyed_at": datetime.now(UTC).isoformat()}))
+        raise OSError(28, "no space left")
+
+    monkeypatch.setattr(_Slot, "destroy", cut_short)
+    with pytest.raises(Unavailable):
+        confirm_and_destroy(filled)
+    monkeypatch.undo()
+    begun = filled.value("SELECT clock_timestamp()")
+    sealing(filled, lambda s: s.follow_up())
+    (destroyed, since) = filled.sql("SELECT state, irrecoverable_at FROM seal_epochs ORDER BY created_at")[0]
+    assert destroyed == "destroyed"
+    assert since > begun
