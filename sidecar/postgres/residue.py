@@ -194,11 +194,12 @@ async def sealed_events(
 
 
 async def gone_on(connection: Connection, tenant: str, streams: Iterable[str], since: datetime) -> set[str]:
-    """Those of the streams that have an event from after then."""
+    """Those of the streams that have an event from after then, and from a source: what the library appends is in no view."""
     with mapped():
         rows = await connection.fetch(
             """SELECT x.s FROM unnest($2::text[]) x(s) CROSS JOIN LATERAL (
-                 SELECT m.created_at FROM messages m WHERE m.tenant_id = $1 AND m.stream_id = x.s ORDER BY m.stream_position DESC LIMIT 1) newest
+                 SELECT m.created_at FROM messages m WHERE m.tenant_id = $1 AND m.stream_id = x.s AND m.source_id IS NOT NULL
+                 ORDER BY m.stream_position DESC LIMIT 1) newest
                WHERE newest.created_at > $3""",
             tenant,
             list(streams),

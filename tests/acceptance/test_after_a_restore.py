@@ -308,6 +308,19 @@ async def test_what_is_received_is_remembered_with_its_place(restored: Restored)
             await plane.close()
 
 
+async def test_a_replayed_shred_is_shredded_again_to_have_what_it_left_watched(restored: Restored) -> None:
+    async with restored.before() as plane:
+        first = await plane.carry_out("shred", ACME)
+    await restored.replay()
+    assert await restored.sql("SELECT 1 FROM residue") == []
+    async with restored.after() as plane:
+        again = await plane.carry_out("shred", ACME)
+        assert again["status"] == "inaccessible"
+        assert {row["kind"] for row in again["residue"]} == {row["kind"] for row in first["residue"]} >= {"database", "wal", "backup", "seal_epoch"}
+        assert again["keys"] == first["keys"]
+        assert await plane.database.fetchval("SELECT count(*) FROM residue") == len(again["residue"])
+
+
 # a shred that was under way in the backup, and that a readmission has followed since
 
 
