@@ -10,6 +10,7 @@ from typing import Any, Final
 from sidecar.core.command import Command
 from sidecar.core.errors import CommandRejected
 from sidecar.core.keys import Keys
+from sidecar.core.model import ScopeKind
 from sidecar.postgres import commands, rotations, tenants
 from sidecar.postgres.commands import Job
 from sidecar.postgres.connection import transaction
@@ -32,19 +33,20 @@ class Rotation:
         return await self._rotated(job, command)
 
     async def _mark_some(self, job: Job, command: Command) -> Job | None:
-        """The next chunk of keys from before the rotation; None: few are left."""
-        scope = command.scope
+        """The next chunk of keys from before the rotation; None: few are left. What a chunk costs does not depend on how many there are."""
+        scope, after = command.scope, job.facts.get("marked_to", ["", ""])
+        if after is None or scope.kind in (ScopeKind.STREAM, ScopeKind.SUBJECT):
+            return None
         async with transaction(self._steps.pool) as connection:
             since = job.facts.get("since") or (await commands.database_time(connection)).isoformat()
             bound = command.older_than or datetime.fromisoformat(since)
-            if not await rotations.more_live_than(connection, scope, bound, CHUNK):
+            if job.step is None and not await rotations.more_live_than(connection, scope, bound, CHUNK):
                 return None
-            names = await rotations.retire(connection, scope, bound, CHUNK)
-            if not names:
-                return None  # others hold them all
+            names, last = await rotations.retire_some(connection, scope, bound, after, CHUNK)
             so_far = _so_far(job) + len(names)
-            await self._steps.audited(connection, command, "keys.rotate", Keys.of(names), so_far=so_far)
-            return await commands.advance(connection, job, "marking", {"since": since, "keys": {"count": so_far}})
+            if names:
+                await self._steps.audited(connection, command, "keys.rotate", Keys.of(names), so_far=so_far)
+            return await commands.advance(connection, job, "marking", {"since": since, "keys": {"count": so_far}, "marked_to": last})
 
     async def _mark(self, job: Job, command: Command) -> Job:
         """None of the marked keys seals anything after this commit: batches verify the tenant epoch under the guard."""

@@ -2,6 +2,7 @@
 
 # ruff: noqa: S608 (statements are put together from constants of this package; what comes from outside is a parameter)
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -80,11 +81,45 @@ async def more_live_than(connection: Connection, scope: Scope, older_than: datet
         return bool(await connection.fetchval(statement, scope.tenant, scope.id, older_than, limit + 1) > limit)
 
 
-async def retire(connection: Connection, scope: Scope, older_than: datetime | None, limit: int | None = None) -> list[str]:
-    """Mark the live keys that the scope's events are sealed with; each gets its successor at its next write. -> names.
+# As `_live`, of a key k of a class, asked about this key alone: a look at the whole class for each of its chunks is a look too many.
+_IN_CLASS = """(k.scope_kind = 'class' AND k.scope_id = $2
+  OR k.scope_kind = 'stream' AND $2 = coalesce((SELECT s.stream_type_class FROM streams s WHERE s.tenant_id = $1 AND s.stream_id = k.scope_id), k.outside_class)
+  OR k.scope_kind IN ('subject', 'tenant') AND EXISTS (SELECT FROM stream_key_history h JOIN streams s USING (tenant_id, stream_id)
+    WHERE h.tenant_id = $1 AND h.key_id = k.key_id AND h.used_to_position IS NULL AND s.stream_type_class = $2))"""
 
-    `limit`: so many of them at most, and none that somebody else is changing now.
+
+async def retire_some(
+    connection: Connection, scope: Scope, older_than: datetime, after: Sequence[str], limit: int
+) -> tuple[list[str], list[str] | None]:  # fmt: skip
+    """As `retire`, of the next keys of a class or tenant behind `after`, which is a scope's kind and id; none that somebody else is changing now.
+
+    -> names, and behind what to go on; None: those were the last.
     """
+    with mapped():
+        rows = await connection.fetch(
+            f"""
+            WITH next AS (
+              SELECT k.ctid FROM encryption_keys k
+              WHERE k.tenant_id = $1 AND k.is_active AND (k.scope_kind, k.scope_id) > ($4, $5) AND k.created_at < $3
+                AND {_IN_CLASS if scope.kind is ScopeKind.CLASS else "$2::text IS NOT NULL"}
+              ORDER BY k.scope_kind, k.scope_id LIMIT $6 FOR UPDATE SKIP LOCKED
+            ), marked AS (
+              UPDATE encryption_keys SET is_active = false, retired_at = now() WHERE ctid = ANY (ARRAY(SELECT ctid FROM next))
+              RETURNING key_id, key_version, scope_kind, scope_id
+            )
+            SELECT * FROM marked ORDER BY scope_kind, scope_id""",
+            scope.tenant,
+            scope.id,
+            older_than,
+            *after,
+            limit,
+        )
+    last = [rows[-1]["scope_kind"], rows[-1]["scope_id"]] if len(rows) == limit else None
+    return [f"{row['key_id']}/{row['key_version']}" for row in rows], last
+
+
+async def retire(connection: Connection, scope: Scope, older_than: datetime | None) -> list[str]:
+    """Mark the live keys that the scope's events are sealed with; each gets its successor at its next write. -> names."""
     own_key = f"EXISTS (SELECT FROM encryption_keys WHERE tenant_id = $1 AND scope_kind = '{scope.kind}' AND scope_id = $2)"
     known = {
         ScopeKind.STREAM: f"SELECT EXISTS (SELECT FROM streams WHERE tenant_id = $1 AND stream_id = $2) OR {own_key}",  # or in another store
@@ -94,12 +129,9 @@ async def retire(connection: Connection, scope: Scope, older_than: datetime | No
         if known is not None and not await connection.fetchval(known, scope.tenant, scope.id):
             raise CommandRejected(f"unknown_{scope.kind}", f"the tenant has no such {scope.kind}")
         rows = await connection.fetch(
-            f"""UPDATE encryption_keys SET is_active = false, retired_at = now() WHERE {_live(scope)}
-                  {"AND ctid = ANY (ARRAY(SELECT ctid FROM encryption_keys WHERE " + _live(scope) + " LIMIT $4 FOR UPDATE SKIP LOCKED))" if limit else ""}
-                RETURNING key_id, key_version""",
+            f"UPDATE encryption_keys SET is_active = false, retired_at = now() WHERE {_live(scope)} RETURNING key_id, key_version",
             scope.tenant,
             scope.id,
             older_than,
-            *([limit] if limit else []),
         )
     return [f"{row['key_id']}/{row['key_version']}" for row in rows]

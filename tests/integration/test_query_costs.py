@@ -199,3 +199,22 @@ async def test_the_keys_of_a_large_class_are_counted_by_a_plain_join(large_class
     by_condition, control = await rows_of(large_class, scopes.keys_of(LARGE))  # as a shred finds them: the same keys, at twice the cost
     assert by_condition == found
     assert control > 5
+
+
+async def chunk_of_rotation(connection: Connection, after: str) -> int:
+    """Pages that the next 20 keys of the large class cost."""
+    counting: Any = Counting(connection)
+    names, last = await rotations.retire_some(counting, LARGE, NOW + timedelta(hours=1), ["stream", after], 20)
+    assert len(names) == 20
+    assert last is not None
+    return int(counting.pages)
+
+
+async def test_a_chunk_of_a_rotation_costs_the_same_however_large_its_class_is(large_class: Connection) -> None:
+    for after in ("", "s5", "s9"):
+        await chunk_of_rotation(large_class, after)  # plans are made from catalogues that are read then
+        assert await chunk_of_rotation(large_class, after) < 6 * PAGES
+    counting: Any = Counting(large_class)  # control: whether there are more than so many asks about the whole class
+    assert await rotations.more_live_than(counting, LARGE, None, 20)
+    assert counting.plan["Actual Rows"] == 1
+    assert handled(counting.plan) > 2 * MANY
