@@ -16,7 +16,7 @@ from sidecar.clean_up import CleanUp
 from sidecar.core.aead import Cipher, Suite
 from sidecar.core.blind_index import SCOPE_ID, IndexKey
 from sidecar.core.envelope import Header
-from sidecar.core.errors import CommandRejected, Conflict, KeyUnavailable, RecordRefused, StoreUnavailable, UnknownKey
+from sidecar.core.errors import AuthenticationFailed, CommandRejected, Conflict, KeyUnavailable, RecordRefused, StoreUnavailable, UnknownKey
 from sidecar.core.keys import Keys, UseLimits
 from sidecar.core.model import Scope, ScopeKind, tenant_id
 from sidecar.core.policy import Encrypt, PolicySet, Unmatched
@@ -262,11 +262,12 @@ class KeyManagementService:
             try:
                 yield fresh
                 await self._record(tenant, fresh)
-            except Conflict:
+            except BaseException as error:
+                gone = self._streams.tenants.get(tenant.id.encode()) is not tenant
                 self._streams.discard([tenant.id])
-                raise Moved from None
-            except BaseException:
-                self._streams.discard([tenant.id])
+                # with the tenant its keys were wiped: what could not be opened then says nothing of what is stored
+                if isinstance(error, Conflict) or (gone and isinstance(error, KeyUnavailable | AuthenticationFailed)):
+                    raise Moved from None
                 raise
 
     def _key_of(self, held: Held, person: str | None) -> SealingKey:
@@ -300,7 +301,7 @@ class KeyManagementService:
         except BaseException as error:
             stale = warm or self._streams.tenants.get(raw) is not tenant
             self._streams.discard([name])  # what was made and not recorded is nobody's key
-            if stale and isinstance(error, KeyUnavailable):
+            if stale and isinstance(error, KeyUnavailable | AuthenticationFailed):
                 raise Conflict("the tenant was forgotten meanwhile, or its key was made by others since it was loaded") from None
             raise
         self._streams.age()

@@ -321,3 +321,27 @@ async def test_a_read_never_says_a_version_whose_events_it_has_not_seen(library:
     monkeypatch.setattr(library.plain, "_reading", slow)
     found = await library.store.aggregate_stream("user-1", lambda count, _: count + 1, 0, tenant="acme")
     assert found.state == found.version
+
+
+@pytest.mark.parametrize("read", ["subjects", "newest_keys"])
+async def test_a_tenant_that_is_forgotten_while_a_persons_key_is_loaded_is_no_unknown_key(
+    library: Library, other: Library, monkeypatch: pytest.MonkeyPatch, read: str
+) -> None:
+    """Nor an altered one: a rotation or a policy change beside it is every day's. The same where the index gets its key."""
+    policy = {"class": "Person", "key_scope": "subject", "fields": ["/email"], "blind_index": ["/email"]}
+    await other.policies.create_policy(PolicySpec.model_validate(policy), actor="ann", reason="r")
+    event = NewEvent(type="T", data={"email": "x"}, subject="ann")
+    await other.store.append_to_stream("person-1", [event], tenant="acme")
+    store, asked = library.keys._store, getattr(library.keys._store, read)
+    times = 0
+
+    async def moved(*arguments: Any) -> Any:
+        nonlocal times
+        found = await asked(*arguments)
+        if (times := times + 1) == 1:
+            library.keys.forget("acme")
+        return found
+
+    monkeypatch.setattr(store, read, moved)
+    await library.store.append_to_stream("person-1", [event], tenant="acme")
+    assert times > 1
