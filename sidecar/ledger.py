@@ -53,6 +53,7 @@ class Ledger:
             keys_sha256=keys_sha256,
             undoes=undoes,
             kept_until=kept_until,
+            include_plain=act == "shred" and command.include_plain,
         )
         await ledger.enter(connection, entry, dsse.sign(PAYLOAD_TYPE, entry.to_bytes(), [self._signer]).to_bytes())
 

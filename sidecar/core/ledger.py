@@ -31,7 +31,7 @@ class SourceEnd:
 class Entry:
     """`generation` is the tenant's behind the act. `undoes`: the command that this one takes back (a release its hold's, a restore its shred's).
 
-    `kept_until`: of a shred with a grace, when that ends.
+    `kept_until`: of a shred with a grace, when that ends. `include_plain`: it deletes plain events too.
     """
 
     entry_id: UUID
@@ -47,6 +47,7 @@ class Entry:
     keys_sha256: str | None = None
     undoes: UUID | None = None
     kept_until: datetime | None = None
+    include_plain: bool = False
 
     def to_bytes(self) -> bytes:
         sources: dict[str, dict[str, Any]] = {}
@@ -65,6 +66,7 @@ class Entry:
             "keys_sha256": self.keys_sha256,
             "undoes": self.undoes and str(self.undoes),
             "kept_until": self.kept_until and self.kept_until.isoformat(),
+            "include_plain": self.include_plain,
         }
         return json.dumps(document, separators=(",", ":")).encode()
 
@@ -94,6 +96,7 @@ def parse_entry(payload: bytes) -> Entry:
             keys_sha256=body["keys_sha256"],
             undoes=UUID(body["undoes"]) if body["undoes"] else None,
             kept_until=datetime.fromisoformat(body["kept_until"]) if body["kept_until"] else None,
+            include_plain=bool(body.get("include_plain")),
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise MalformedEnvelope("this is no entry of a ledger") from None

@@ -17,6 +17,8 @@ from sidecar.postgres import holds, ledger, quarantine, readmissions, shreds, te
 from sidecar.postgres.connection import Connection
 from sidecar.postgres.errors import mapped
 
+CHUNK: Final = 5000
+
 # Every name of the kind that this database has of the tenant $1, whose pseudonym is $2.
 _BY_REF: Final = {
     ScopeKind.STREAM: """SELECT stream_id FROM streams WHERE tenant_id = $1 AND scope_ref(tenant_id, 'stream', stream_id) = $2
@@ -85,6 +87,10 @@ async def _shred(connection: Connection, entry: Entry, scope: Scope) -> Keys:
     if scope.kind is ScopeKind.TENANT:
         await _set_tenant(connection, entry, scope.tenant, "shredded")
     await shreds.record_barriers(connection, entry.command_id, scope.tenant, entry.sources)
+    for delete in (shreds.delete_plain, shreds.clear_remainders) if entry.include_plain else ():
+        after = ("", 0)
+        while rows := await delete(connection, scope, after, CHUNK):  # views have the tombstones
+            after = rows[-1]["stream_id"], rows[-1]["stream_position"]
     return keys
 
 

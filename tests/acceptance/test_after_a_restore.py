@@ -321,6 +321,17 @@ async def test_a_replayed_shred_is_shredded_again_to_have_what_it_left_watched(r
         assert await plane.database.fetchval("SELECT count(*) FROM residue") == len(again["residue"])
 
 
+@pytest.mark.parametrize(("include_plain", "left"), [(True, 0), (False, 3)], ids=["deleted", "kept"])
+async def test_plain_events_that_a_shred_deleted_do_not_come_back_with_a_restore(restored: Restored, include_plain: bool, left: int) -> None:
+    for dsn in (restored.dsn, restored.backup):
+        async with connected(dsn) as database:
+            await kit.add_events(database, "acme", "a", 3, plain=True)
+    async with restored.before() as plane:
+        assert (await plane.carry_out("shred", ACME, options={"include_plain": include_plain}))["status"] == "inaccessible"
+    await restored.replay()
+    assert [row["n"] for row in await restored.sql("SELECT count(*) AS n FROM messages")] == [left]
+
+
 # a shred that was under way in the backup, and that a readmission has followed since
 
 
