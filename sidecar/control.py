@@ -1,47 +1,45 @@
 """The command path, free of Faust: receive into the inbox, carry out, publish receipts.
 
     Inbox      (inbox.py) a control record becomes a row of the inbox and a receipt in the outbox; after that it may be acked
-    Executor   the one process that holds the deployment's lock works off the inbox: per tenant one after another, tenants side by side
-    Outbox     publishes receipts in order; after a crash it looks on the topic for what was published, so none is there twice
+    Executor   (executor.py) the one process that holds the deployment's lock works off the inbox: per tenant one after another, tenants side by side
+    Outbox     (outbox.py) publishes receipts in order; after a crash it looks on the topic for what was published, so none is there twice
     timers     put rotations that are due by age into the inbox, as commands of their own, and whatever else `_timers` lists
 
 What cannot be reached is waited for, with growing pauses and for ever: nothing is lost, and no tenant waits for another's trouble.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from datetime import datetime, timedelta
-from typing import Any, Final
-
-import orjson
+from datetime import timedelta
+from typing import Final
 
 from sidecar import grace, telemetry
 from sidecar.checkpoints import Checkpoints
 from sidecar.clean_up import CleanUp
-from sidecar.core.command import Command, receipt, receipt_id, stored
-from sidecar.core.errors import CommandRejected, Conflict, KmsUnavailable, LedgerBehind, SidecarError, Unavailable
+from sidecar.core.errors import KmsUnavailable, LedgerBehind, SidecarError, Unavailable
 from sidecar.core.model import duration_ms
 from sidecar.event_store import EventStore
 from sidecar.evidence import Evidence
+from sidecar.executor import AT_ONCE, Executor
 from sidecar.holds import Holding
-from sidecar.inbox import Backoff, ControlRecord, Inbox, log_status, schedule_rotations
+from sidecar.inbox import ControlRecord, Inbox, schedule_rotations
 from sidecar.jobs import Jobs
 from sidecar.kafka import jobs as jobs_topic
 from sidecar.kafka import journal
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.client import ProducerFenced
 from sidecar.kafka.ledger import CONFIG, PARTITIONS, LedgerTopic
-from sidecar.kafka.receipts import Outgoing, ReceiptPublisher, ViewWriter
+from sidecar.kafka.receipts import ReceiptPublisher, ViewWriter
 from sidecar.keys import KeyManagement
 from sidecar.kms import check_identity, open_for
 from sidecar.ledger import Ledger, LedgerGate
 from sidecar.ledger_replay import answer_asked
 from sidecar.notices import Notices
+from sidecar.outbox import Outbox
 from sidecar.ports import Clock
-from sidecar.postgres import audit, commands, guard, ledger, migrations, readmissions
-from sidecar.postgres.commands import Job, Unpublished
-from sidecar.postgres.connection import Connection, Pool, connect, open_pool, refuse_transaction_pooling, transaction
+from sidecar.postgres import commands, guard, migrations
+from sidecar.postgres.connection import Connection, connect, open_pool, refuse_transaction_pooling
 from sidecar.postgres.durability import check_standby
 from sidecar.postgres.guard import Backend
 from sidecar.readmission import Readmission
@@ -50,188 +48,13 @@ from sidecar.residue import Residue
 from sidecar.rotation import Rotation
 from sidecar.sealing import Sealing
 from sidecar.settings import Settings
-from sidecar.shredding import NOT_IN_LEDGER, Shredding
+from sidecar.shredding import Shredding
 from sidecar.signing import control_signer
-from sidecar.steps import FINISHED, WRITER, Flow, Foreground, Steps, SystemClock, failpoint
+from sidecar.steps import Flow, Steps, SystemClock
+from sidecar.waiting import POLL_SECONDS, Backoff
 
-AT_ONCE: Final = 4
-"""Commands carried out side by side, of different tenants."""
 CLEAN_UP_SECONDS: Final = 86_400.0
-POLL_SECONDS: Final = 1.0
-"""How late a wake-up that got lost is made good."""
 CERTIFY_SECONDS: Final = 2.0
-
-
-class Executor:
-    """Works off the inbox. One task per tenant that has something to do; at most AT_ONCE of them take a step at a time."""
-
-    def __init__(self, pool: Pool, flows: Mapping[str, Flow], wake_outbox: Callable[[], None], foreground: Foreground) -> None:
-        self._pool, self._flows, self._wake_outbox, self._foreground = pool, flows, wake_outbox, foreground
-        self._slots = asyncio.Semaphore(AT_ONCE)
-        self._tenants: dict[str, asyncio.Task[None]] = {}
-        self.wake = asyncio.Event()
-
-    async def run(self) -> None:
-        """Until cancelled; then no step is under way any more."""
-        try:
-            while True:
-                self.wake.clear()
-                try:
-                    async with transaction(self._pool) as connection:
-                        waiting = await commands.tenants_waiting(connection)
-                    for tenant in waiting:
-                        if tenant not in self._tenants:
-                            task = asyncio.create_task(self._work_off(tenant))
-                            self._tenants[tenant] = task
-                            task.add_done_callback(lambda _, name=tenant: self._finished(name))  # type: ignore[misc]
-                except Unavailable as error:
-                    telemetry.log.warning("executor waits", extra={"action": "execute", "error": error})
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(POLL_SECONDS):  # not wait_for: woken and cancelled at once, it would swallow the cancellation
-                        await self.wake.wait()
-        finally:
-            tasks = list(self._tenants.values())
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _finished(self, tenant: str) -> None:
-        del self._tenants[tenant]
-        self.wake.set()  # a command may have come after the last look
-
-    async def _work_off(self, tenant: str) -> None:
-        """All of a tenant's commands. After each step the choice is made anew, so that a shred need not wait for a rotation's retries."""
-        backoff = Backoff()
-        while True:
-            try:
-                async with self._slots:
-                    async with transaction(self._pool) as connection:
-                        job = await commands.next_job(connection, tenant)
-                    if job is None:
-                        return
-                    with self._foreground.command():
-                        await self._carry_out(job)
-                backoff = Backoff()
-                continue
-            except (Unavailable, Conflict) as error:
-                telemetry.retries.labels("command").inc()
-                telemetry.log.warning("command waits", extra={"action": "execute", "tenant": tenant, "error": error})
-            except Exception as error:
-                # Nothing says that it can never be done, so it is never given up; the log says what stands in the way.
-                telemetry.retries.labels("command").inc()
-                telemetry.log.error("command fails", extra={"action": "execute", "tenant": tenant}, exc_info=error)
-            await backoff.wait()
-
-    async def _carry_out(self, job: Job) -> None:
-        try:
-            command = stored(job.payload)
-        except CommandRejected as error:
-            return await self._give_up(job, error, "failed", None)
-        if await self._carried_out_before(job, command):
-            known = CommandRejected("carried_out_before", "the ledger has this command: it was carried out before the database was restored")
-            return await self._give_up(job, known, "rejected", command)
-        while job.step != FINISHED:
-            before = job
-            try:
-                job = await self._flow(job).step(job, command)
-            except CommandRejected as error:
-                return await self._give_up(before, error, "rejected", command)
-            if job.step in ("inaccessible", FINISHED):
-                self._wake_outbox()
-            if job.step == before.step:
-                return  # one of many chunks: other tenants want the slot too
-        status = {"shred": "done" if command.dry_run else "inaccessible", "reencrypt": "accepted"}.get(job.op, "done")
-        self._settled(job, status)
-
-    async def _carried_out_before(self, job: Job, command: Command) -> bool:
-        """A restored database knows nothing of it, or has it still to do: again, it would undo what came since, say a readmission."""
-        async with transaction(self._pool) as connection:
-            if job.step in NOT_IN_LEDGER:
-                return await ledger.knows(connection, job.command_id)
-            return job.op == "shred" and not await readmissions.stays_shredded(connection, command.scope, job.command_id)
-
-    def _flow(self, job: Job) -> Flow:
-        if job.op not in self._flows:
-            raise CommandRejected("unsupported_op", f"this release does not carry out {job.op}")
-        return self._flows[job.op]
-
-    async def _give_up(self, job: Job, error: CommandRejected, status: Any, command: Command | None) -> None:
-        """The command is refused by what it found (or can no longer be read): a receipt says so, nothing was changed."""
-        scope = command.scope.to_json() if command else None
-        identity = receipt_id(job.command_id, status)
-        body = receipt(
-            identity, command_id=job.command_id, op=job.op, scope=scope, status=status, error=error,
-            accepted_at=job.facts.get("accepted_at"), **error.facts,
-        )  # fmt: skip
-        async with transaction(self._pool) as connection:
-            await commands.advance(connection, job, FINISHED, receipt=body, finished=True)
-            details = {"command_id": str(job.command_id), "op": job.op, "error": error.code} | error.facts
-            now = datetime.now(job.received_at.tzinfo)
-            await audit.append(connection, writer=WRITER, at=now, action=f"command.{status}", actor=WRITER, tenant=job.tenant, details=details)
-        self._wake_outbox()
-        self._settled(job, status, error)
-
-    def _settled(self, job: Job, status: str, error: CommandRejected | None = None) -> None:
-        seconds = (datetime.now(job.received_at.tzinfo) - job.received_at).total_seconds()
-        telemetry.command_seconds.labels(job.op).observe(max(0.0, seconds))
-        log_status(job.op, status, job.command_id, error)
-
-
-class Outbox:
-    """Publishes receipts in the order of their steps, each once."""
-
-    def __init__(self, pool: Pool, publisher: ReceiptPublisher) -> None:
-        self._pool, self._publisher = pool, publisher
-        self.wake = asyncio.Event()
-
-    async def run(self) -> None:
-        """Until cancelled. Raises ProducerFenced when another process publishes: then this one is not the executor any more."""
-        backoff = Backoff()
-        try:
-            while True:
-                self.wake.clear()
-                try:
-                    if await self._publish():
-                        continue
-                    backoff = Backoff()
-                except (Unavailable, Conflict) as error:
-                    # The outcome may be unknown: the next attempt looks on the topic first.
-                    self._publisher.close()
-                    telemetry.retries.labels("outbox").inc()
-                    telemetry.log.warning("outbox waits", extra={"action": "publish", "error": error})
-                    await backoff.wait()
-                    continue
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(POLL_SECONDS):  # not wait_for: woken and cancelled at once, it would swallow the cancellation
-                        await self.wake.wait()
-        finally:
-            self._publisher.close()
-
-    async def _publish(self) -> bool:
-        """True if there may be more."""
-        async with transaction(self._pool) as connection:
-            waiting = await commands.unpublished(connection)
-        if not waiting:
-            return False
-        there: set[Any] = set()
-        if not self._publisher.is_open:
-            await asyncio.to_thread(self._publisher.open)
-            # A minute for clocks that differ between Postgres and the broker.
-            there = await asyncio.to_thread(self._publisher.already_published, waiting[0].created_at - timedelta(minutes=1))
-        missing = [row for row in waiting if row.outbox_id not in there]
-        if missing:
-            await asyncio.to_thread(self._publisher.publish, [_outgoing(row) for row in missing])
-        failpoint(f"published:{waiting[-1].body['status']}")
-        async with transaction(self._pool) as connection:
-            await commands.mark_published(connection, [row.outbox_id for row in waiting])
-        for row in missing:
-            telemetry.receipts.labels(row.body["status"]).inc()
-        return True
-
-
-def _outgoing(row: Unpublished) -> Outgoing:
-    key = str(row.command_id).encode() if row.command_id else None
-    return Outgoing(outbox_id=row.outbox_id, key=key, value=orjson.dumps(row.body))
 
 
 class ControlPlane:

@@ -23,11 +23,12 @@ from faust.transport.drivers.aiokafka import Consumer as FaustConsumer
 from sidecar import probes, telemetry
 from sidecar.control import ControlPlane
 from sidecar.core.errors import Unavailable
-from sidecar.inbox import Backoff, ControlRecord
+from sidecar.inbox import ControlRecord
 from sidecar.memory import no_core_dumps
 from sidecar.rereading import group_of
 from sidecar.servers import KafkaSecurity
 from sidecar.settings import Settings
+from sidecar.waiting import Backoff
 from sidecar.worker import Worker
 
 THREADS: Final = 16

@@ -24,7 +24,6 @@ from sidecar.core.policy import Encrypt, Refuse
 from sidecar.core.store import Json, NewEvent, encode
 from sidecar.crypto_store import Classify, CryptoEventStore
 from sidecar.import_map import ImportMap
-from sidecar.inbox import Backoff
 from sidecar.key_management import KeyManagementService
 from sidecar.ports import Clock
 from sidecar.postgres import audit, imports
@@ -32,6 +31,7 @@ from sidecar.postgres.connection import Pool, transaction
 from sidecar.postgres.event_store import Session
 from sidecar.postgres.imports import Checkpoint, Source
 from sidecar.steps import failpoint
+from sidecar.waiting import Backoff
 
 WRITER: Final = "import"
 ATTEMPTS: Final = 8

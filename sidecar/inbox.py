@@ -4,7 +4,6 @@ After `Inbox.receive` came back the record may be acked. It waits for what canno
 becomes a negative receipt, never a record that holds up the topic.
 """
 
-import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,20 +22,10 @@ from sidecar.postgres.connection import Connection, Pool, transaction
 from sidecar.settings import Settings
 from sidecar.signing import authority
 from sidecar.steps import WRITER, failpoint
+from sidecar.waiting import Backoff
 
 CLOCK_SKEW: Final = timedelta(minutes=5)
 """How much earlier than the sender's clock ours may be."""
-
-
-class Backoff:
-    """0.1 s, doubling to 5 s."""
-
-    def __init__(self) -> None:
-        self._next = 0.1
-
-    async def wait(self) -> None:
-        pause, self._next = self._next, min(5.0, self._next * 2)
-        await asyncio.sleep(pause)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,6 @@ import orjson
 
 from sidecar import telemetry
 from sidecar.core.errors import Conflict, Unavailable
-from sidecar.inbox import Backoff
 from sidecar.kafka import jobs
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.ledger import LedgerTopic
@@ -21,6 +20,7 @@ from sidecar.postgres.connection import connected, open_pool
 from sidecar.reencryption import Reencryption
 from sidecar.settings import Settings
 from sidecar.steps import SystemClock
+from sidecar.waiting import Backoff
 
 
 class Worker:

@@ -18,10 +18,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from sidecar.control import Outbox
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.kafka.admin import Admin
 from sidecar.kafka.receipts import Outgoing, ReceiptPublisher
+from sidecar.outbox import Outbox
 from sidecar.postgres import audit, commands, holds, migrations
 from sidecar.postgres.connection import Connection, connected, open_pool
 from sidecar.settings import Settings, load
