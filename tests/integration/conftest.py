@@ -1,4 +1,4 @@
-"""A library opened from a configuration of its own, on the shared stack."""
+"""On the shared stack: a migrated database, and a library opened from a configuration of its own."""
 
 import json
 from collections.abc import AsyncIterator, Callable
@@ -8,9 +8,19 @@ import pytest
 
 from sidecar import Library, open_library
 from sidecar.kms.file import create_key_file
+from sidecar.postgres import migrations
+from sidecar.postgres.connection import Connection, connected
 from sidecar.settings import Settings, load
 from sidecar.testing import control_plane as kit
 from sidecar.testing.local_stack import LocalStack
+
+
+@pytest.fixture
+async def connection(database: str) -> AsyncIterator[Connection]:
+    """To a migrated database of the test's own."""
+    async with connected(database) as opened:
+        await migrations.migrate(opened)
+        yield opened
 
 
 @pytest.fixture

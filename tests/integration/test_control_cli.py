@@ -7,15 +7,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 
-from sidecar.postgres import migrations
-from sidecar.postgres.connection import Connection, connect
+from sidecar.postgres.connection import Connection
 from sidecar.testing import control_plane as kit
 from sidecar.testing import local_kafka
 from sidecar.testing.local_stack import LocalStack
@@ -35,13 +34,10 @@ def settings_of(stack: LocalStack, dsn: str, deployment: str, kafka: dict[str, A
 
 
 @pytest.fixture
-async def database_with_acme(database: str) -> AsyncIterator[Connection]:
-    connection = await connect(database)
-    await migrations.migrate(connection)
+async def database_with_acme(connection: Connection) -> Connection:
     await kit.seed(connection, "acme", {"a": "C", "b": "C"})
     await kit.seed(connection, "zeta", {"a": "C"})
-    yield connection
-    await connection.close()
+    return connection
 
 
 async def test_a_day_with_the_command_line(

@@ -19,14 +19,13 @@ from sidecar.postgres import (
     jobs,
     keystore,
     ledger,
-    migrations,
     residue,
     rotations,
     scopes,
     shreds,
     unused_keys,
 )
-from sidecar.postgres.connection import Connection, connect
+from sidecar.postgres.connection import Connection
 
 MANY = 20_000
 PAGES = 150
@@ -89,12 +88,10 @@ class Counting:
 
 
 @pytest.fixture
-async def connection(database: str) -> AsyncIterator[Connection]:
-    opened = await connect(database)
-    await migrations.migrate(opened)
-    await opened.execute(_FILL)
-    yield opened
-    await opened.close()
+async def connection(connection: Connection) -> Connection:
+    """Filled."""
+    await connection.execute(_FILL)
+    return connection
 
 
 def stream_of(number: int) -> Scope:

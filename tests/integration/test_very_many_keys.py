@@ -1,6 +1,5 @@
 """Of a class of very many keys the database tells how many and which, as digests: no row of each comes to the control plane."""
 
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -9,8 +8,8 @@ import pytest
 
 from sidecar.core.keys import NAMED_AT_MOST, Keys
 from sidecar.core.model import Scope, ScopeKind
-from sidecar.postgres import migrations, quarantine, scopes, shreds
-from sidecar.postgres.connection import Connection, connect
+from sidecar.postgres import quarantine, scopes, shreds
+from sidecar.postgres.connection import Connection
 from sidecar.testing import control_plane as kit
 
 CLASS = Scope(tenant="acme", kind=ScopeKind.CLASS, id="C")
@@ -34,14 +33,6 @@ class Rows:
             return found
 
         return counted
-
-
-@pytest.fixture
-async def connection(database: str) -> AsyncIterator[Connection]:
-    opened = await connect(database)
-    await migrations.migrate(opened)
-    yield opened
-    await opened.close()
 
 
 async def told_one_by_one(connection: Connection) -> Keys:

@@ -1,6 +1,5 @@
 """A view on record: what it was before stays there, since its topic holds what was put into it then."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -8,21 +7,12 @@ import pytest
 from sidecar import topics
 from sidecar.core.model import Scope, ScopeKind
 from sidecar.notices import erasing_keys
-from sidecar.postgres import migrations
-from sidecar.postgres.connection import Connection, connect
+from sidecar.postgres.connection import Connection
 from sidecar.postgres.views import Match, View, views_on_record
 from sidecar.settings import Settings, ViewSettings
 from sidecar.topics import record_views
 
 ALL = Match(topics=["*"], classes=["*"], tenants=["*"])
-
-
-@pytest.fixture
-async def connection(database: str) -> AsyncIterator[Connection]:
-    opened = await connect(database)
-    await migrations.migrate(opened)
-    yield opened
-    await opened.close()
 
 
 async def recorded(connection: Connection, settings: Settings, **changes: Any) -> list[View]:
