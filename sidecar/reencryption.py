@@ -13,21 +13,18 @@ nobody, and what is of somebody who was erased, stays as it is and is counted.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from functools import cache, partial
+from functools import partial
 from itertools import takewhile
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
-import orjson
-
-from sidecar.core.aead import Cipher, lp
+from sidecar.contents import Content, bind_to, count_fields, headers_of, named, opened, person_of, read_contents, sealed
 from sidecar.core.blind_index import tokens
-from sidecar.core.envelope import NO_FIELD, OVERHEAD_BYTES, PREFIX_BYTES, TEXT_PREFIX, Sealer, event_aad, open_envelope, parse_header, stream_aad
-from sidecar.core.errors import AuthenticationFailed, Conflict, KeyUnavailable, MalformedRecord, RecordError, RecordRefused
-from sidecar.core.extract import subject_of
-from sidecar.core.fields import Bind, Document, Fields, digest_lp, open_document, seal_document
+from sidecar.core.envelope import PREFIX_BYTES, Sealer, stream_aad
+from sidecar.core.errors import AuthenticationFailed, Conflict, RecordRefused
+from sidecar.core.fields import Document
 from sidecar.core.history import extended, overlaid, without
 from sidecar.core.streams import SealingKey, Stream
-from sidecar.core.view import frame, guard_stripe, parse_attributes, unframe
+from sidecar.core.view import guard_stripe
 from sidecar.event_store import Ciphers
 from sidecar.key_management import Held, KeyManagementService
 from sidecar.postgres import blind_index, jobs
@@ -122,11 +119,11 @@ class Reencryption:
     async def _equipped(self, held: Held, stream: str, rows: Sequence[Any]) -> tuple[Ciphers, list[SealingKey | None], list[str | None]]:
         """What opens the stream's rows; and for each the key that is to seal it and the person that it is about."""
         headers = {bytes(row["data_encrypted"][:PREFIX_BYTES]): row["data_encrypted"] for row in rows if row["data_encrypted"] is not None}
-        epoch, ciphers = await self._keys.opening(held.tenant.id, _headers(headers.values()))
+        epoch, ciphers = await self._keys.opening(held.tenant.id, headers_of(headers.values()))
         if epoch != held.as_of.epoch:
             raise Moved
         persons = await self._persons(held, stream, rows, ciphers)
-        keys = await self._sealing(held, persons, [_count_fields(row, held.stream.fields) for row in rows])
+        keys = await self._sealing(held, persons, [count_fields(row, held.stream.fields) for row in rows])
         if held.stream.fields is not None and held.stream.fields.indexed:
             await self._keys.index_key(held)
         failpoint("worker:opened")
@@ -145,8 +142,8 @@ class Reencryption:
         if by is None:
             return [None] * len(rows)
         async with self._as_of(held, alone=False):
-            read = _contents(held.tenant.id, stream, held.stream.fields, rows, ciphers)
-        return [None if found is None else _person(found[1], by.subject or "") for found in read]
+            read = read_contents(held.tenant.id, stream, held.stream.fields, rows, ciphers)
+        return [None if found is None else person_of(found[1], by.subject or "") for found in read]
 
     async def _sealing(self, held: Held, persons: Sequence[str | None], fields: Sequence[int]) -> list[SealingKey | None]:
         """A key per event; None for one of nobody, or of somebody who was erased."""
@@ -195,20 +192,22 @@ class Reencryption:
     ) -> int:
         """-> how many of the rows, each with its new key and its person. The rest does not open, has no key, or is no more as it was read."""
         of, to_seal = held.stream, []
-        for (row, key, person), read in zip(wanted, _contents(chunk.tenant, of.id, of.fields, [row for row, _, _ in wanted], ciphers), strict=True):
+        for (row, key, person), read in zip(
+            wanted, read_contents(chunk.tenant, of.id, of.fields, [row for row, _, _ in wanted], ciphers), strict=True
+        ):
             if key is not None and read is not None:
-                to_seal.append((row, key, read[0], read[1] if person is None else _named(read[1], person)))
+                to_seal.append((row, key, read[0], read[1] if person is None else named(read[1], person)))
         sealer = Sealer(sum(content.seals for *_, content in to_seal))
         new, made = [], {}
         for row, key, bind, content in to_seal:
             old = row["data_encrypted"] and bytes(row["data_encrypted"][:PREFIX_BYTES])
-            new.append((row["stream_position"], old, *_sealed(key, content, bind, sealer)))
+            new.append((row["stream_position"], old, *sealed(key, content, bind, sealer)))
             made[row["stream_position"]] = (key, bind, content)
         written = await jobs.replace(connection, chunk.tenant, of.id, new)
         under: dict[SealingKey, list[int]] = {}
         for row in sorted(written, key=lambda row: row["stream_position"]):
             key, bind, content = made[row["stream_position"]]
-            if _opened(key.cipher, bind, row) != content:
+            if opened(key.cipher, bind, row) != content:
                 raise AuthenticationFailed("what was written is not what was read")  # and the transaction is undone
             under.setdefault(key, []).append(row["stream_position"])
         if under:
@@ -261,119 +260,23 @@ class Reencryption:
             return 0
         ciphers, keys, persons = await self._equipped(held, stream, rows)
         async with self._as_of(held, alone=False) as connection:
-            read = _contents(chunk.tenant, stream, held.stream.fields, rows, ciphers)
+            read = read_contents(chunk.tenant, stream, held.stream.fields, rows, ciphers)
             whole = list(takewhile(lambda each: each[1] is not None and each[3] is not None, zip(rows, keys, persons, read, strict=True)))
             if not whole:
                 return 0
-            contents = [found[1] if person is None else _named(found[1], person) for _, _, person, found in whole if found is not None]
+            contents = [found[1] if person is None else named(found[1], person) for _, _, person, found in whole if found is not None]
             sealer, of_stream = Sealer(sum(content.seals for content in contents)), stream_aad(chunk.tenant.encode(), into.encode())
-            made = [(row, key, _bind(of_stream, row), content) for (row, key, *_), content in zip(whole, contents, strict=True) if key is not None]
+            made = [(row, key, bind_to(of_stream, row), content) for (row, key, *_), content in zip(whole, contents, strict=True) if key is not None]
             written = await jobs.append_copies(
                 connection, guard_stripe(chunk.tenant), chunk.tenant, into, held.stream.stream_class, head=head, epoch=held.as_of.epoch,
-                policies=held.as_of.policy_version, copies=[(row, *_sealed(key, content, bind, sealer)) for row, key, bind, content in made],
+                policies=held.as_of.policy_version, copies=[(row, *sealed(key, content, bind, sealer)) for row, key, bind, content in made],
             )  # fmt: skip
             for row, (_, key, bind, content) in zip(written, made, strict=True):
-                if _opened(key.cipher, bind, row) != content:
+                if opened(key.cipher, bind, row) != content:
                     raise AuthenticationFailed("what was written is not what was read")
             await _note_values(connection, held, [(row["stream_position"], content) for row, _, _, content in made])
             await jobs.add(connection, chunk, len(made))
         return len(made)
-
-
-class Content(NamedTuple):
-    """Of an event: its attributes, and its value or the document of which fields are sealed. An event keeps its form when it is sealed anew."""
-
-    attributes: bytes
-    value: bytes | Document
-
-    @property
-    def seals(self) -> int:
-        """How many it takes."""
-        return len(self.value.places) + 1 if isinstance(self.value, Document) else 1
-
-
-def _contents(tenant: str, stream: str, fields: Fields | None, rows: Sequence[Any], ciphers: Ciphers) -> list[tuple[Bind, Content] | None]:
-    """Each event, and how it is bound to its place. None: it is altered, planted, shredded or unknown, and stays as it is."""
-    of_stream = stream_aad(tenant.encode(), stream.encode())
-
-    @cache
-    def cipher(prefix: bytes) -> Cipher:
-        return ciphers.get(tenant, parse_header(prefix.ljust(OVERHEAD_BYTES)))
-
-    out: list[tuple[Bind, Content] | None] = []
-    for row in rows:
-        bind = _bind(of_stream, row)
-        try:
-            sealed = row["data_encrypted"]
-            if row["planted"]:
-                raise AuthenticationFailed("plaintext stands in an encrypted stream")
-            content = _plain(row, fields) if sealed is None else _opened(cipher(bytes(sealed[:PREFIX_BYTES])), bind, row)
-        except (RecordError, KeyUnavailable):
-            out.append(None)
-        else:
-            out.append((bind, content))
-    return out
-
-
-def _bind(of_stream: bytes, row: Any) -> Bind:
-    """To the row's place in that stream."""
-    id_lp, type_lp = lp(row["message_id"].encode()), lp(row["message_type"].encode())
-    return partial(event_aad, of_stream, row["stream_position"], id_lp, type_lp, row["schema_version"])
-
-
-def _headers(envelopes: Any) -> list[Any]:
-    out = []
-    for envelope in envelopes:
-        try:
-            out.append(parse_header(bytes(envelope)))
-        except RecordError:
-            continue  # of a row that will be left alone
-    return out
-
-
-def _person(content: Content, extractor: str) -> str | None:
-    """Whom the event says that it is about, else whom the extractor finds in it."""
-    carried = parse_attributes(content.attributes)
-    if carried.subject is not None:
-        return carried.subject
-    value = content.value.text.encode() if isinstance(content.value, Document) else content.value
-    try:
-        return subject_of(extractor, "", carried.key, None if carried.is_tombstone else value, dict(carried.headers))
-    except MalformedRecord:
-        return None
-
-
-def _named(content: Content, person: str) -> Content:
-    """Readers and views learn of the person from the event itself."""
-    attributes = orjson.loads(content.attributes)
-    return content if attributes.get("subject") == person else content._replace(attributes=orjson.dumps(attributes | {"subject": person}))
-
-
-def _count_fields(row: Any, fields: Fields | None) -> int:
-    """How many seals beside the event's own it takes at most."""
-    if row["data"] is None:
-        return 0
-    if row["data_encrypted"] is not None:
-        return bytes(row["data"]).count(b'"' + TEXT_PREFIX.encode())
-    return _plain(row, fields).seals - 1
-
-
-def _plain(row: Any, fields: Fields | None) -> Content:
-    """A plain event, to be sealed as policy says; whole, where its fields cannot be told from the rest."""
-    attributes, value = orjson.dumps(row["metadata"] or {}), row["data"] or b""
-    if fields is not None and row["data"] is not None:
-        try:
-            return Content(attributes, fields.find(value))
-        except MalformedRecord:
-            pass
-    return Content(attributes, value)
-
-
-def _opened(cipher: Cipher, bind: Bind, row: Any) -> Content:
-    sealed, stored = bytes(row["data_encrypted"]), row["data"]
-    prefix = sealed[:PREFIX_BYTES]
-    attributes, value = unframe(open_envelope(cipher, sealed, bind(digest_lp(stored), prefix)))
-    return Content(attributes, value if stored is None else open_document(stored, value, prefix, bind, partial(open_envelope, cipher)))
 
 
 async def _note_values(connection: Connection, held: Held, written: Sequence[tuple[int, Content]]) -> None:
@@ -387,12 +290,3 @@ async def _note_values(connection: Connection, held: Held, written: Sequence[tup
     rows = [(held.tenant.id, token, held.stream.id, at) for at, document in documents for token in tokens(key, document, fields.indexed)]
     if rows:
         await blind_index.insert(connection, rows)
-
-
-def _sealed(key: SealingKey, content: Content, bind: Bind, sealer: Sealer) -> tuple[bytes, bytes | None]:
-    """-> the envelope, and the document beside it."""
-    attributes, value = content
-    if not isinstance(value, Document):
-        return sealer.seal(key.cipher, key.prefix, bind(NO_FIELD, key.prefix), frame(attributes, value)), None
-    stored, envelope = seal_document(value, attributes, key.prefix, bind, partial(sealer.seal, key.cipher))
-    return envelope, stored
