@@ -27,6 +27,8 @@ Outcome = Literal["destroyed", "unneeded", "in_use", "busy"]
 
 @dataclass(frozen=True, slots=True)
 class Cleaned:
+    """What became of a retired key version."""
+
     tenant: str
     version: Version
     outcome: Outcome

@@ -24,6 +24,8 @@ class _Section(BaseModel):
 
 
 class MappedValue(_Section):
+    """A text: from a column, from what a pattern finds in it, or the same for all."""
+
     column: str | None = None
     match: str | None = None
     """A regular expression of Postgres; what its first group finds in the column."""
@@ -42,6 +44,8 @@ class MappedValue(_Section):
 
 
 class MappedColumn(_Section):
+    """A column, by name."""
+
     column: str
 
     def value(self) -> Value:
@@ -49,6 +53,8 @@ class MappedColumn(_Section):
 
 
 class MappedData(MappedColumn):
+    """The column with the event's data."""
+
     as_: Literal["json", "bytes"] | None = Field(default=None, alias="as")
     """Of a column that is not JSON to Postgres: whether readers get JSON or bytes. Nothing said: bytes."""
 
@@ -62,6 +68,8 @@ ColumnField = Annotated[MappedColumn, BeforeValidator(_short)]
 
 
 class MappedEvents(_Section):
+    """Where the columns of an event are."""
+
     tenant: ValueField
     stream: ValueField
     position: ColumnField
@@ -83,6 +91,8 @@ class MappedEvents(_Section):
 
 
 class MappedSource(_Section):
+    """The table, and the database that it is in."""
+
     dsn: SecretStr | None = None
     """Without one (and without dsn_file) the table is in our own database."""
     dsn_file: Path | None = None
@@ -90,6 +100,8 @@ class MappedSource(_Section):
 
 
 class ImportMap(_Section):
+    """One import, by name: from where, in which order, of which rows, and what they mean."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     source: MappedSource
     order: list[str] = Field(min_length=1)

@@ -178,6 +178,7 @@ def _details(record: ControlRecord, incoming: Incoming) -> dict[str, Any]:
 
 
 def log_status(op: str | None, status: str, command_id: Any, error: CommandRejected | None = None) -> None:
+    """And count it; an op that we do not know is `unknown`, so that senders make no labels."""
     known = op if op in OPS else "unknown"
     telemetry.commands.labels(known, status).inc()
     telemetry.log.info("command", extra={"action": known, "status": status, "command_id": command_id, "code": error.code if error else None})

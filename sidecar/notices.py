@@ -42,10 +42,12 @@ class Notices:
 
 
 def matches(globs: list[str], value: str) -> bool:
+    """Whether any of them does."""
     return any(fnmatchcase(value, glob) for glob in globs)
 
 
 def notice(command_id: UUID, scope: Scope, erased_at: str, view: View, partition: int) -> ViewRecord:
+    """To one partition. Its `ce_id` comes from command and partition: one that is repeated has the same."""
     said = scope.to_json()
     value = {"tenant": said.pop("tenant"), "scope": said, "command_id": str(command_id), "erased_at": erased_at}
     headers: list[tuple[str, str | bytes | None]] = [

@@ -62,6 +62,8 @@ class Kms(Protocol):
 
 
 class Clock(Protocol):
+    """Time as an argument: taken once for a batch or a step."""
+
     def now(self) -> datetime:
         """Aware, in UTC."""
 

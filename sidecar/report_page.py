@@ -91,6 +91,7 @@ _CARDS: Final = ("shreds",)
 
 
 def render(report: dict[str, Any]) -> str:
+    """One HTML page, without anything from elsewhere."""
     of = f"tenant {report['tenant']}" if report["tenant"] is not None else "all tenants"
     facts = {
         "Deployment": report["deployment"],

@@ -232,6 +232,7 @@ class SourceRecords:
 
 
 def plan_source(settings: Settings, topic: str, info: TopicInfo, config: dict[str, str], ends: dict[int, int], now: datetime) -> residue.Planned:
+    """The source topic's records from before the shred, up to `ends`."""
     purged = any(source.purge == "after_projection" for source in settings.sources if source.topic == topic)
     details: dict[str, Any] = {"topic_id": info.topic_id, "ends": {str(p): end for p, end in sorted(ends.items())}}
     until = retained_until(config, now)
@@ -256,6 +257,7 @@ class Readers:
 
 
 def plan_readers(views: Iterable[View]) -> list[residue.Planned]:
+    """Who read the views."""
     return [residue.Planned(kind="consumers", place=view.topic) for view in views]
 
 

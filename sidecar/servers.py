@@ -16,6 +16,8 @@ class _Section(BaseModel):
 
 
 class KafkaSecurity(_Section):
+    """TLS and SASL as Kafka names them; a secret is better a file, which is read when it is needed."""
+
     protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
     username: str | None = None
@@ -39,6 +41,8 @@ class KafkaSecurity(_Section):
 
 
 class KafkaSettings(_Section):
+    """The brokers, and how to get in."""
+
     bootstrap_servers: str = "127.0.0.1:9092"
     security: KafkaSecurity = KafkaSecurity()
     client: dict[str, str | int | float | bool] = {}
@@ -47,6 +51,8 @@ class KafkaSettings(_Section):
 
 
 class PostgresSettings(_Section):
+    """One DSN for all, or one for each database role (`sidecar db roles`)."""
+
     dsn: SecretStr = SecretStr("postgresql:///sidecar")
     dsn_data: SecretStr | None = None
     dsn_control: SecretStr | None = None
@@ -61,6 +67,8 @@ class PostgresSettings(_Section):
 
 
 class KmsSettings(_Section):
+    """Whose key wraps the tenants' keys, and how often it changes."""
+
     uri: str = "file:./keys/kek"
     """PROVIDER:KEY, with the identity to use as options (docs/kms.md). A secret is a file that an option names."""
     uri_data: str | None = None
@@ -91,6 +99,7 @@ class KmsSettings(_Section):
 
 
 def read_secret(path: Path, where: str) -> str:
+    """Its text without the white space around it. Raises ConfigurationError; `where` is the setting's name."""
     try:
         return path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:

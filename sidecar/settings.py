@@ -47,6 +47,8 @@ def _an_extractor(value: str, kinds: tuple[str, ...]) -> str:
 
 
 class SourceSettings(_Section):
+    """A topic to read, and the extractors (core/extract.py) that find tenant, stream, type and id in a record."""
+
     topic: str
     """A name, or a glob over names."""
     format: Literal["cloudevents", "json"] = "cloudevents"
@@ -69,6 +71,8 @@ class SourceSettings(_Section):
 
 
 class ClassWhen(_Section):
+    """Globs, of which all that are given must match; `headers` maps a name to one."""
+
     topic: str | None = None
     type: str | None = None
     stream: str | None = None
@@ -76,6 +80,8 @@ class ClassWhen(_Section):
 
 
 class ClassSettings(_Section):
+    """The first class whose `when` matches is the stream's, for good from its first event."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
     stream_class: str = Field(alias="class")
     when: ClassWhen
@@ -155,18 +161,24 @@ class PolicySpec(_Section):
 
 
 class PoliciesSettings(_Section):
+    """What becomes of events that no policy is about, and policies to begin with."""
+
     unmatched: Literal["encrypt", "plain", "refuse"] = "encrypt"
     install: list[PolicySpec] = []
     """Installed once, where no policy of that tenant and class exists yet; afterwards `sidecar policy apply`."""
 
 
 class ViewMatch(_Section):
+    """Globs: an event is in the view if each of them matches."""
+
     topics: list[str] = ["*"]
     classes: list[str] = ["*"]
     tenants: list[str] = ["*"]
 
 
 class ViewSettings(_Section):
+    """A topic with decrypted events. `key` is the record key: a tombstone erases by it; `retention` and `erase_within` are durations (7d, 1h)."""
+
     name: str
     topic: str
     partitions: int = Field(default=6, ge=1)
@@ -201,6 +213,8 @@ class IssuerSettings(_Section):
 
 
 class ControlSettings(_Section):
+    """Where commands, receipts and the ledger go, whose commands are carried out, and the keys to sign with."""
+
     topic: str = "sidecar.control"
     receipts: str = "sidecar.receipts"
     ledger: str = "sidecar.ledger"
@@ -247,6 +261,8 @@ class ControlSettings(_Section):
 
 
 class AuditSettings(_Section):
+    """Signed checkpoints of the audit trail."""
+
     topic: str = "sidecar.audit"
     """Where signed checkpoints of the audit trail go; kept for ever."""
     checkpoint_every: str = "60s"
@@ -268,6 +284,8 @@ class BackupSettings(_Section):
 
 
 class JobSettings(_Section):
+    """Re-encryptions, as `sidecar worker` gets them."""
+
     topic: str = "sidecar.jobs"
     """Chunks of long jobs, for `sidecar worker`."""
     partitions: int = Field(default=8, ge=1)
@@ -277,16 +295,22 @@ class JobSettings(_Section):
 
 
 class DeadLetterSettings(_Section):
+    """Records that could not be stored: the topic has where they stand and why, never their values."""
+
     topic: str = "sidecar.dead-letters"
 
 
 class BatchSettings(_Section):
+    """How much one transaction stores at most, and how long it waits for more."""
+
     max_records: int = Field(default=2000, ge=1, le=100_000)
     max_bytes: ByteSize = ByteSize(16 * 2**20)
     max_wait_ms: int = Field(default=50, ge=1)
 
 
 class LimitSettings(_Section):
+    """Of records, of what is kept in memory (entries), and of the uses of a key version."""
+
     max_record_bytes: ByteSize = ByteSize(2**20)
     max_headers: int = Field(default=256, ge=8)
     key_cache_entries: int = Field(default=10_000, ge=1000)
@@ -304,6 +328,8 @@ class LimitSettings(_Section):
 
 
 class HttpSettings(_Section):
+    """Where each process serves its probes and metrics."""
+
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
     """0 takes a free one; the `ready` line says which."""

@@ -85,6 +85,7 @@ class Cli:
 
 
 def cli(context: typer.Context) -> Cli:
+    """From any subcommand."""
     found: Cli = context.find_root().obj
     return found
 
@@ -115,6 +116,7 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
 
 
 def fail(text: str, code: Exit = Exit.FAILED) -> NoReturn:
+    """Say so, and end the command with that exit code."""
     say(text)
     raise typer.Exit(int(code))
 

@@ -16,6 +16,7 @@ COLUMNS = ("receipt_id", "command_id", "op", "scope", "status", "error", "accept
 
 
 def as_id(text: str) -> UUID:
+    """Raises typer.BadParameter."""
     try:
         return UUID(text)
     except ValueError:

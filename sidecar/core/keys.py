@@ -58,6 +58,8 @@ class UseLimits:
 
 
 class KeyState(StrEnum):
+    """The lifecycle above."""
+
     ACTIVE = "active"
     RETIRED = "retired"
     DESTROYED = "destroyed"

@@ -48,12 +48,12 @@ class Encrypt:
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    pass
+    """Stored and shown as it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    pass
+    """Not stored: no policy is about it, and what no policy is about is refused."""
 
 
 Decision = Encrypt | Plain | Refuse

@@ -28,6 +28,8 @@ class Log:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerRecord:
+    """As it stands on the topic."""
+
     offset: int
     key: bytes
     value: bytes

@@ -77,6 +77,7 @@ ERRORS: Final[dict[type[pkcs11.PKCS11Error], type[SidecarError]]] = {
 
 
 def mapped(error: pkcs11.PKCS11Error, uri: str) -> SidecarError:
+    """What is raised in its place."""
     kind = next(ERRORS[c] for c in type(error).__mro__ if c in ERRORS)
     text = f"the token of {uri} says {type(error).__name__}"
     if kind is ConfigurationError:

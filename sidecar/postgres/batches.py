@@ -101,6 +101,8 @@ class LeaseMove:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
+    """A record that is no event. Its value is kept only sealed: without a key for it, its digest alone."""
+
     source_id: int
     partition: int
     offset: int
@@ -112,6 +114,8 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
+    """A record of which nothing is kept: its scope was erased, or policy refuses it."""
+
     source_id: int
     partition: int
     offset: int

@@ -33,6 +33,7 @@ async def listen(connection: Connection, consumer: str) -> tuple[Cursor, Cursor]
 
 
 async def advance(connection: Connection, consumer: str, cursor: Cursor) -> None:
+    """What is before the cursor is handled."""
     with mapped():
         await connection.execute(
             "UPDATE consumer_checkpoints SET transaction_id = $2::text::xid8, global_position = $3, updated_at = now() WHERE consumer = $1",
@@ -50,6 +51,7 @@ async def epochs(connection: Connection, tenants: Iterable[str]) -> dict[str, in
 
 
 async def set_aside(connection: Connection, consumer: str, tenant: str, stream: str, position: int, error: str) -> None:
+    """An event that the handler gave up on: it holds up nothing."""
     with mapped():
         await connection.execute(
             """INSERT INTO consumer_set_aside (consumer, tenant_id, stream_id, stream_position, error) VALUES ($1, $2, $3, $4, $5)

@@ -207,6 +207,8 @@ async def next_job(connection: Connection, tenant: str) -> Job | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unpublished:
+    """A receipt that is not on the topic, as far as we know."""
+
     outbox_id: UUID
     command_id: UUID | None
     body: dict[str, Any]
@@ -223,6 +225,7 @@ async def unpublished(connection: Connection, limit: int = 500) -> list[Unpublis
 
 
 async def mark_published(connection: Connection, outbox_ids: list[UUID]) -> None:
+    """They are on the topic."""
     with mapped():
         statement = "UPDATE receipts SET published_at = clock_timestamp() WHERE receipt_id = ANY ($1) AND published_at IS NULL"
         await connection.execute(statement, outbox_ids)

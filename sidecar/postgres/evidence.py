@@ -57,6 +57,7 @@ async def due(connection: Connection, since: datetime | None, limit: int = 100) 
 
 
 async def newest_receipt(connection: Connection) -> datetime | None:
+    """When the last receipt was written; None without any."""
     with mapped():
         found: datetime | None = await connection.fetchval("SELECT max(created_at) FROM receipts WHERE status IN ('inaccessible', 'complete')")
     return found - timedelta(minutes=10) if found else None  # a transaction that began earlier may commit later

@@ -75,6 +75,7 @@ async def exclusively(pool: Pool, tenant: str, evicted: set[Backend]) -> AsyncIt
 
 
 async def instances(connection: Connection) -> list[Instance]:
+    """Every one that ever registered; `alive`: its guard session is there."""
     with mapped():
         rows = await connection.fetch(
             """SELECT i.*, EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = i.guard_pid AND a.backend_start = i.guard_started) AS alive

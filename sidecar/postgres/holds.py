@@ -128,6 +128,7 @@ async def refuse_gone(connection: Connection, scope: Scope, now: datetime) -> No
 
 
 async def place(connection: Connection, scope: Scope, *, hold_id: UUID, reason: str, by: str, at: datetime) -> None:
+    """In force from the commit on."""
     with mapped():
         await connection.execute(
             """INSERT INTO legal_holds (hold_id, tenant_id, scope_kind, scope_id, reason, placed_by, placed_at) VALUES ($1, $2, $3, $4, $5, $6, $7)""",

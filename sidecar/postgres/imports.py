@@ -239,6 +239,7 @@ async def advance(connection: Connection, name: str, now: Checkpoint) -> None:
 
 
 async def verified(connection: Connection, name: str) -> None:
+    """Counts and contents were compared."""
     with mapped():
         await connection.execute("UPDATE imports SET verified_at = clock_timestamp() WHERE name = $1", name)
 

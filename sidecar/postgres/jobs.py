@@ -101,6 +101,7 @@ async def unpublished(connection: Connection, before: datetime, limit: int = 100
 
 
 async def published(connection: Connection, chunks: Sequence[tuple[UUID, int]], at: datetime) -> None:
+    """On the jobs topic: if they are not done later, they go there again."""
     with mapped():
         await connection.execute(
             "UPDATE jobs j SET published_at = $3 FROM unnest($1::uuid[], $2::int[]) x(c, n) WHERE j.command_id = x.c AND j.chunk = x.n",
@@ -129,6 +130,7 @@ async def add(connection: Connection, chunk: Chunk, resealed: int) -> None:
 
 
 async def finish(connection: Connection, chunk: Chunk, left: int, worker: str) -> None:
+    """`left`: events that were left as they were."""
     with mapped():
         await connection.execute(
             """UPDATE jobs SET state = 'done', left_alone = $3, worker = $4, done_at = clock_timestamp()
@@ -182,6 +184,7 @@ async def rows_not_of_persons(connection: Connection, chunk: Chunk, stream: str,
 
 
 async def classes(connection: Connection, tenant: str, streams: Sequence[str]) -> dict[str, str]:
+    """{stream: class}"""
     with mapped():
         rows = await connection.fetch(
             "SELECT stream_id, stream_type_class FROM streams WHERE tenant_id = $1 AND stream_id = ANY ($2)", tenant, streams
@@ -289,6 +292,7 @@ async def is_copy(connection: Connection, tenant: str, stream: str, into: str) -
 
 
 async def heads(connection: Connection, tenant: str, streams: Sequence[str]) -> list[int]:
+    """The newest position of each, in this order; 0 without events."""
     with mapped():
         return [
             await connection.fetchval("SELECT coalesce(max(stream_position), 0) FROM messages WHERE tenant_id = $1 AND stream_id = $2", tenant, name)

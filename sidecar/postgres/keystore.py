@@ -132,6 +132,7 @@ class KeyStore:
 
 
 def policy_from_row(row: Any) -> Policy:
+    """A row of encryption_policies."""
     return Policy(
         policy_id=row["policy_id"],
         stream_class=row["stream_type_class"],

@@ -35,6 +35,8 @@ class Watermark:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
+    """An entry that is not on the topic yet."""
+
     seq: int
     entry_id: UUID
     envelope: bytes
@@ -58,6 +60,7 @@ async def server(connection: Connection) -> Server | None:
 
 
 async def watermark(connection: Connection) -> Watermark:
+    """How far this database has the topic, and from where it is served."""
     with mapped():
         row = await connection.fetchrow("SELECT deployment, topic_id, next_offset, system_identifier, timeline FROM ledger_watermark")
     assert row is not None  # noqa: S101 (the migration made it)
@@ -119,11 +122,13 @@ async def unpublished(connection: Connection) -> list[Waiting]:
 
 
 async def count_unpublished(connection: Connection) -> int:
+    """Entries that are not on the topic yet."""
     with mapped():
         return int(await connection.fetchval("SELECT count(*) FROM ledger WHERE published_at IS NULL") or 0)
 
 
 async def mark_published(connection: Connection, seqs: list[int]) -> None:
+    """They are on the topic."""
     with mapped():
         await connection.execute("UPDATE ledger SET published_at = clock_timestamp() WHERE seq = ANY ($1)", seqs)
 

@@ -22,6 +22,8 @@ CREATE TABLE IF NOT EXISTS schema_migrations (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Migration:
+    """A file of schemas/postgres/migrations."""
+
     version: int
     name: str
     kind: str

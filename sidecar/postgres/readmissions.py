@@ -27,6 +27,7 @@ async def take_back(connection: Connection, scope: Scope, shreds: list[UUID]) ->
 
 
 async def is_fenced(connection: Connection, scope: Scope) -> bool:
+    """By a shred of exactly this scope; not of the class or the tenant around it."""
     with mapped():
         return bool(
             await connection.fetchval(
@@ -50,6 +51,7 @@ async def stays_shredded(connection: Connection, scope: Scope, command_id: UUID)
 
 
 async def lift_fence(connection: Connection, scope: Scope) -> None:
+    """Of exactly this scope: it gets keys again."""
     with mapped():
         await connection.execute(
             """UPDATE erased_scopes SET readmitted_at = now()

@@ -34,6 +34,7 @@ _BY_REF: Final = {
 
 
 async def tenant_of(connection: Connection, entry: Entry) -> str | None:
+    """Whose pseudonym it is; None for a name that has not come up here."""
     with mapped():
         found: str | None = await connection.fetchval("SELECT tenant_id FROM tenants WHERE tenant_ref(tenant_id) = $1", entry.tenant_ref)
     return found

@@ -137,6 +137,7 @@ async def known(connection: Connection, tenant: str) -> str | None:
 
 
 async def last_checkpoint(connection: Connection) -> datetime | None:
+    """None before the first."""
     with mapped():
         at: datetime | None = await connection.fetchval("SELECT max(at) FROM audit_checkpoints")
     return at

@@ -57,6 +57,7 @@ class Look:
 
 
 async def insert(connection: Connection, command_id: UUID, planned: Iterable[Planned], now: datetime) -> None:
+    """Each place once: a step that is repeated changes nothing."""
     with mapped():
         await connection.executemany(
             """INSERT INTO residue (command_id, kind, place, until, details, next_at, created_at) VALUES ($1,$2,$3,$4,$5,$6,$6)
@@ -147,6 +148,7 @@ class Shown:
 
 
 async def of_command(connection: Connection, command_id: UUID) -> list[Shown]:
+    """By kind and place."""
     with mapped():
         rows = await connection.fetch(
             "SELECT kind, place, state, until, details, done_at FROM residue WHERE command_id = $1 ORDER BY kind, place", command_id
@@ -164,6 +166,7 @@ async def done_at(connection: Connection, command_id: UUID, kind: str) -> dateti
 
 
 async def pending(connection: Connection, command_id: UUID, kind: str) -> bool:
+    """Whether any of that kind is."""
     with mapped():
         return bool(
             await connection.fetchval(

@@ -76,6 +76,7 @@ def _live(scope: Scope) -> str:
 
 
 async def more_live_than(connection: Connection, scope: Scope, older_than: datetime | None, limit: int) -> bool:
+    """Live keys of the scope, made before then; counts no further than that."""
     statement = f"SELECT count(*) FROM (SELECT FROM encryption_keys WHERE {_live(scope)} LIMIT $4) k"
     with mapped():
         return bool(await connection.fetchval(statement, scope.tenant, scope.id, older_than, limit + 1) > limit)

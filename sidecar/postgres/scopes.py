@@ -122,11 +122,13 @@ async def count_streams(connection: Connection, scope: Scope) -> int:
 
 
 async def count_keks(connection: Connection, tenant: str) -> int:
+    """The tenant's own keys whose bytes are there."""
     with mapped():
         return int(await connection.fetchval("SELECT count(*) FROM tenant_keys WHERE tenant_id = $1 AND wrapped IS NOT NULL", tenant) or 0)
 
 
 async def count_deks(connection: Connection, scope: Scope) -> int:
+    """Every version of the scope's keys, destroyed ones too."""
     condition = "k.tenant_id = $1 AND $2::text IS NOT NULL" if scope.kind is ScopeKind.TENANT else keys_of(scope)
     statement = _KEYS_OF_CLASS if scope.kind is ScopeKind.CLASS else f"SELECT count(*) FROM encryption_keys k WHERE {condition}"
     with mapped():

@@ -125,6 +125,7 @@ _UNDER = "k.kms_uri = $1 AND k.kms_key_version = $2 AND k.wrapped IS NOT NULL"
 
 
 async def tenants_to_rekey(connection: Connection, epoch: SealEpoch) -> list[str]:
+    """Those with a KEK under it that does not move: they get a new one."""
     with mapped():
         statement = f"SELECT DISTINCT k.tenant_id FROM tenant_keys k WHERE {_UNDER} AND {_GETS_NEW_KEK} ORDER BY 1"
         return [row["tenant_id"] for row in await connection.fetch(statement, epoch.kms_uri, epoch.key_version)]

@@ -100,6 +100,7 @@ async def fence(connection: Connection, scope: Scope, command_id: UUID) -> None:
 
 
 async def more_keys_than(connection: Connection, scope: Scope, limit: int) -> bool:
+    """Keys of the scope that are not destroyed; counts no further than that."""
     with mapped():
         statement = f"SELECT count(*) FROM (SELECT FROM encryption_keys k WHERE {scopes.keys_of(scope)} AND NOT is_destroyed LIMIT $3) k"
         return bool(await connection.fetchval(statement, scope.tenant, scope.id, limit + 1) > limit)

@@ -48,6 +48,7 @@ async def unpublished(connection: Connection, limit: int = 500) -> list[tuple[in
 
 
 async def mark_published(connection: Connection, ids: list[int]) -> None:
+    """They are on the topic."""
     with mapped():
         await connection.execute("UPDATE audit_checkpoints SET published_at = clock_timestamp() WHERE checkpoint_id = ANY ($1)", ids)
 

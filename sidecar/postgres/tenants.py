@@ -17,6 +17,7 @@ class Tenant:
 
 
 async def find(connection: Connection, tenant: str) -> Tenant | None:
+    """None for one that does not exist."""
     with mapped():
         row = await connection.fetchrow("SELECT state, generation, epoch FROM tenants WHERE tenant_id = $1", tenant)
     return Tenant(**row) if row else None
@@ -43,5 +44,6 @@ async def next_epoch(connection: Connection, tenant: str, *, shredding: bool) ->
 
 
 async def mark_shredded(connection: Connection, tenant: str) -> None:
+    """The last step of its shred; one that is active again by now stays so."""
     with mapped():
         await connection.execute("UPDATE tenants SET state = 'shredded' WHERE tenant_id = $1 AND state = 'shredding'", tenant)

@@ -27,6 +27,7 @@ class View:
 
 
 async def views_on_record(connection: Connection) -> list[View]:
+    """The newest first."""
     with mapped():
         rows = await connection.fetch(
             """SELECT v.name, v.partitions, d.* FROM views v CROSS JOIN LATERAL (

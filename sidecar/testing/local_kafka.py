@@ -22,6 +22,8 @@ MECHANISM = "SCRAM-SHA-256"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KafkaPorts:
+    """Of the broker, on this machine alone."""
+
     plain: int
     sasl: int
     controller: int
