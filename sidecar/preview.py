@@ -22,8 +22,8 @@ COUNT_MS: Final = 1200
 """So long an exact count of events may take; then it is estimated, and says so."""
 
 
-async def preview(steps: Steps, notices: Notices, job: Job, command: Command) -> Job:
-    """The command's one step: its receipt is the answer."""
+async def preview(steps: Steps, notices: Notices, job: Job, command: Command, *, grace: bool) -> Job:
+    """The command's one step: its receipt is the answer. `grace`: the shred would have one."""
     scope = command.scope
 
     async def ask(query: Callable[[Connection, Scope], Awaitable[T]]) -> T:
@@ -31,11 +31,17 @@ async def preview(steps: Steps, notices: Notices, job: Job, command: Command) ->
             return await query(connection, scope)
 
     counts = asyncio.gather(ask(scopes.count_deks), ask(_tenant_keys), ask(scopes.count_streams))
-    found = asyncio.gather(ask(_events), ask(holds.overlapping), ask(_shared), notices.affected(scope))
-    (deks, keks, streams), (events, in_force, shared, views) = await counts, await found
+    found = asyncio.gather(ask(_events), ask(holds.overlapping), ask(_shared), ask(_in_grace), notices.affected(scope))
+    (deks, keks, streams), (events, in_force, shared, in_grace, views) = await counts, await found
     if command.include_plain and events["plain_remaining"] is not None:
         events |= {"plain_remaining": 0, "plain_deleted": events["plain_remaining"]}
         events |= {"remainders_deleted": cleared} if (cleared := events.pop("clear_remainders", 0)) else {}
+    refused_by = {
+        "grace_with_plain": grace and command.include_plain,
+        "legal_hold": bool(in_force),
+        "in_grace": grace and in_grace,
+        "shared_key": bool(shared),
+    }
     body = steps.receipt_of(
         job,
         command,
@@ -47,7 +53,7 @@ async def preview(steps: Steps, notices: Notices, job: Job, command: Command) ->
         views=[{"name": view.name, "topic": view.topic, "key": view.keys[0]} for view in views],
         holds=[{"hold_id": str(hold.hold_id), "reason": hold.reason} for hold in in_force],
         shared=shared,
-        refused_by=["legal_hold"] * bool(in_force) + ["shared_key"] * bool(shared),
+        refused_by=[code for code, refuses in refused_by.items() if refuses],
     )
     async with transaction(steps.pool) as connection:
         return await commands.advance(connection, job, FINISHED, receipt=body, finished=True)
@@ -78,3 +84,12 @@ async def _shared(connection: Connection, scope: Scope) -> str | None:
     except CommandRejected as rejected:
         return str(rejected)
     return None
+
+
+async def _in_grace(connection: Connection, scope: Scope) -> bool:
+    """Whether an earlier shred's grace stands in the way of another one."""
+    try:
+        await shreds.refuse_second_grace(connection, scope)
+    except CommandRejected:
+        return True
+    return False

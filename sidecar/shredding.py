@@ -57,7 +57,7 @@ class Shredding:
         failpoint(f"shred:{at or 'accepted'}")
         if at is None:
             if command.dry_run:
-                return await preview(self._steps, self._notices, job, command)
+                return await preview(self._steps, self._notices, job, command, grace=bool(self._settings.control.grace_of(command)))
             return await self._close(job, command) or await self._fence(job, command)
         if at == "closed":
             return await self._empty(job, command)

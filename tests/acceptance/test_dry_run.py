@@ -1,10 +1,15 @@
 """Promise: a dry run says what a shred would find and what would stand in its way, and changes nothing."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sidecar.core.model import Scope, ScopeKind
+from sidecar.testing import control_plane as kit
+from sidecar.testing.local_stack import LocalStack
+from tests.acceptance.test_e09_a_hold_is_never_overrun import control_plane
 from tests.acceptance.world import World
 
 ACME = Scope.of_tenant("acme")
@@ -70,3 +75,13 @@ def test_a_dry_run_of_an_unknown_tenant_is_rejected_and_of_an_unknown_stream_fin
     receipt = dry(filled, Scope(tenant="acme", kind=ScopeKind.STREAM, id="aes-none"))
     assert (receipt["keys"]["count"], receipt["streams"], receipt["events"]["unreadable"]) == (0, 0, 0)
     assert filled.sql("SELECT 1 FROM erased_scopes") == []
+
+
+async def test_a_dry_run_names_what_refuses_a_grace(local_stack: LocalStack, database: str, tmp_path: Path, unique: Callable[[str], str]) -> None:
+    async with control_plane(local_stack, database, tmp_path, unique("d")) as plane:
+        await kit.seed(plane.database, "acme", {"aes-1": "Aes"})
+        assert (await plane.carry_out("shred", CLASS, options={"grace": "1h"}))["status"] == "inaccessible"
+        for options in ({}, {"grace": "1h"}, {"grace": "1h", "include_plain": True}):
+            said = await plane.carry_out("shred", CLASS, options={"dry_run": True} | options)
+            refused = await plane.carry_out("shred", CLASS, options=options) if options else None
+            assert said["refused_by"][:1] == ([refused["error"]["code"]] if refused else [])
