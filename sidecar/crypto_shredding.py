@@ -53,7 +53,7 @@ class CryptoShreddingService:
                 async with self._keys.verified(tenant_id, held.as_of, [(str(key.key_id), key.version)], held.stream.stream_class):
                     return to_text(envelope)
             except Moved:
-                self._keys.forget(tenant_id)
+                self._keys.let_go(held)
         raise UnknownKey("the tenant's keys keep changing; try again")
 
     async def decrypt_event_data(self, encrypted: str, stream_id: str, tenant_id: str = DEFAULT_TENANT) -> Any:

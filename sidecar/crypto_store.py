@@ -179,7 +179,7 @@ class CryptoEventStore:
                     return await self._append_plain(held, stream, events, tenant, expected_version, session)
                 return await self._append(held, stream, events, tenant, head, session)
             except Moved:
-                self._keys.forget(tenant)
+                self._keys.let_go(held)
             except MalformedRecord:  # or policy seals other fields by now
                 if attempt or held.stream.fields is None:
                     raise

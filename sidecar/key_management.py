@@ -104,6 +104,13 @@ class KeyManagementService:
         self._opening.pop(tenant, None)
         self._policies = None
 
+    def let_go(self, held: Held) -> None:
+        """It is not as it stands by now. What others have loaded since stays: who discards it keeps them, and they him, from ever getting on."""
+        if self._streams.tenants.get(held.tenant.id.encode()) is held.tenant:
+            self._streams.discard([held.tenant.id])
+        if self._policies is held.policies:
+            self._policies = None
+
     def forget_all(self) -> None:
         """Whatever may have moved."""
         self._streams.discard_all()
@@ -263,8 +270,8 @@ class KeyManagementService:
                 yield fresh
                 await self._record(tenant, fresh)
             except BaseException as error:
-                gone = self._streams.tenants.get(tenant.id.encode()) is not tenant
-                self._streams.discard([tenant.id])
+                if not (gone := self._streams.tenants.get(tenant.id.encode()) is not tenant):
+                    self._streams.discard([tenant.id])
                 # with the tenant its keys were wiped: what could not be opened then says nothing of what is stored
                 if isinstance(error, Conflict) or (gone and isinstance(error, KeyUnavailable | AuthenticationFailed)):
                     raise Moved from None

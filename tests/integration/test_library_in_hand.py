@@ -345,3 +345,15 @@ async def test_a_tenant_that_is_forgotten_while_a_persons_key_is_loaded_is_no_un
     monkeypatch.setattr(store, read, moved)
     await library.store.append_to_stream("person-1", [event], tenant="acme")
     assert times > 1
+
+
+async def test_who_finds_a_tenant_moved_does_not_discard_what_others_have_loaded_since(library: Library) -> None:
+    """Two that do come to no end: each takes away what the other one needs."""
+    await append(library, "user-1")
+    old = library.keys.in_hand("acme", "user-1")
+    assert old is not None
+    library.keys.let_go(old)
+    assert library.keys.in_hand("acme", "user-1") is None
+    await append(library, "user-1")
+    library.keys.let_go(old)
+    assert library.keys.in_hand("acme", "user-1") is not None
