@@ -71,10 +71,8 @@ async def apply(connection: Connection, entry: Entry, scope: Scope) -> Keys:
         keys = await _shred(connection, entry, scope)
     elif entry.act == "readmit" and entry.undoes is not None:
         keys = await _restore(connection, scope)
-    elif entry.act == "readmit" and scope.kind is ScopeKind.TENANT:
-        await _set_tenant(connection, entry, scope.tenant, "active")
     elif entry.act == "readmit":
-        await readmissions.lift_fence(connection, scope)
+        await _readmit(connection, entry, scope)
     else:
         await _hold(connection, entry, scope)
     await tenants.next_epoch(connection, scope.tenant, shredding=False)
@@ -88,11 +86,28 @@ async def _shred(connection: Connection, entry: Entry, scope: Scope) -> Keys:
     if scope.kind is ScopeKind.TENANT:
         await _set_tenant(connection, entry, scope.tenant, "shredded")
     await shreds.record_barriers(connection, entry.command_id, scope.tenant, entry.sources)
-    for delete in (shreds.delete_plain, shreds.clear_remainders) if entry.include_plain else ():
-        after = ("", 0)
-        while rows := await delete(connection, scope, after, CHUNK):  # views have the tombstones
-            after = rows[-1]["stream_id"], rows[-1]["stream_position"]
+    if entry.include_plain:
+        await _delete_plain(connection, scope)
     return keys
+
+
+async def _delete_plain(connection: Connection, scope: Scope) -> None:
+    """Views have the tombstones."""
+    for delete in (shreds.delete_plain, shreds.clear_remainders):
+        after = ("", 0)
+        while rows := await delete(connection, scope, after, CHUNK):
+            after = rows[-1]["stream_id"], rows[-1]["stream_position"]
+
+
+async def _readmit(connection: Connection, entry: Entry, scope: Scope) -> None:
+    """The shred before it may have been under way in the backup: what that had not deleted yet goes. Nothing of after it is here."""
+    before = [e for e in await _entries_of(connection, scope.tenant) if e.act == "shred" and e.scope_ref == entry.scope_ref]
+    if before and before[-1].include_plain:
+        await _delete_plain(connection, scope)
+    if scope.kind is ScopeKind.TENANT:
+        await _set_tenant(connection, entry, scope.tenant, "active")
+    else:
+        await readmissions.lift_fence(connection, scope)
 
 
 async def _restore(connection: Connection, scope: Scope) -> Keys:

@@ -350,6 +350,7 @@ async def test_a_shred_that_was_under_way_in_the_backup_does_not_reach_behind_it
         )  # fmt: skip
         if step == "noticed":  # behind the fence: its entry was written with that
             await database.execute("UPDATE tenants SET state = 'shredding'")
+            await kit.add_events(database, "acme", "a", 2, plain=True, first=11)  # these it had not deleted yet
             await database.execute(
                 "INSERT INTO ledger (entry_id, command_id, tenant_ref, envelope, published_at) VALUES ($1, $2, $3, $4, now())",
                 *[entries[0][name] for name in ("entry_id", "command_id", "tenant_ref", "envelope")],
