@@ -46,7 +46,9 @@ class Jobs:
             if command.split:
                 split = await jobs.split_off(connection, scope)
                 await tenants.next_epoch(connection, scope.tenant, shredding=False)
-            chunks = await jobs.plan(connection, job.command_id, scope, plain=command.plain, into=command.into)
+            chunks = await jobs.plan(
+                connection, job.command_id, scope, plain=command.plain, into=command.into, suite=command.suite, key_version=command.key_version
+            )
             into = scope_ref(replace(scope, id=command.into)).hex() if command.into else None
             facts = await self._steps.audited(connection, command, "events.reencrypt", chunks=chunks, split=split, plain=command.plain, into=into)
             planned = await commands.advance(connection, job, FINISHED, facts | {"chunks": chunks, "split": split}, finished=True)

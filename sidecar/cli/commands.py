@@ -79,9 +79,12 @@ def reencrypt(
     stream_class: Class = None,
     split: Annotated[bool, typer.Option("--split", help="Off a shared key: each stream gets one of its own, and can be shredded alone.")] = False,
     into: Annotated[str | None, typer.Option(metavar="STREAM", help="Of one stream: copy its events into a new one, and leave it as it is.")] = None,
+    algorithm: Annotated[str | None, typer.Option(metavar="NAME", help="Only events that are sealed with it: AES-256-GCM, ….")] = None,
+    key_version: Annotated[int | None, typer.Option(min=1, help="Only events under that version of their key.")] = None,
 ) -> int:
     """Seal stored events anew, in place, under the keys and the algorithm that new events get; `sidecar worker` does it."""
-    wanted = ({"split": True} if split else {}) | ({"into": into} if into else {})
+    asked = {"split": split or None, "into": into, "algorithm": algorithm, "key_version": key_version}
+    wanted = {name: value for name, value in asked.items() if value is not None}
     return sending.send("reencrypt", scope_of(tenant, stream, stream_class, None), **wanted)
 
 

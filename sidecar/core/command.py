@@ -17,9 +17,10 @@ from uuid import UUID, uuid5
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sidecar.core import dsse
+from sidecar.core.aead import Suite
 from sidecar.core.authority import Authority
 from sidecar.core.dsse import Signed
-from sidecar.core.errors import CommandRejected, MalformedEnvelope, MalformedRecord
+from sidecar.core.errors import CommandRejected, MalformedEnvelope, MalformedRecord, UnsupportedEnvelope
 from sidecar.core.model import Scope, ScopeKind, duration_ms, identifier, tenant_id
 
 NAMESPACE = UUID("6f0c3f52-8b1e-5d0a-9a55-0a4b6c1e7d21")
@@ -63,6 +64,8 @@ class _OptionsV1(_Strict):
     restore: bool = False
     plain: bool = False
     into: str | None = None
+    algorithm: str | None = None
+    key_version: int | None = Field(default=None, ge=1, lt=2**31)
 
 
 class _CommandV1(_Strict):
@@ -85,6 +88,7 @@ class Command:
     `older_than` is the rotation timer's: only keys made before it. `grace_seconds` of a shred delays what is irreversible, never what makes
     data inaccessible; None: the command says nothing, the configuration decides. `split` of a re-encryption: the scope's streams get keys of their own.
     `plain` of a re-encryption: plain events too, where policy encrypts. `into`: the stream's events are copied into a new one of that name.
+    `suite`, `key_version` of a re-encryption: only events that are sealed so, and no plain ones.
     `hold_id` of a release: just this hold; None: all holds on the scope. `restore` of a readmission: with the old keys, within the shred's grace.
     """
 
@@ -104,6 +108,8 @@ class Command:
     restore: bool = False
     plain: bool = False
     into: str | None = None
+    suite: Suite | None = None
+    key_version: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +263,8 @@ def _command(body: _CommandV1) -> Command:
         restore=body.options.restore,
         plain=body.options.plain,
         into=_into(body.options, scope),
+        suite=_suite(body.options),
+        key_version=body.options.key_version,
     )
 
 
@@ -269,6 +277,15 @@ def _into(options: _OptionsV1, scope: Scope) -> str | None:
         return identifier(options.into.encode("utf-8", "replace"), "options.into")
     except MalformedRecord as error:
         raise CommandRejected("malformed", str(error)) from None
+
+
+def _suite(options: _OptionsV1) -> Suite | None:
+    if options.into is not None and (options.algorithm or options.key_version):
+        raise CommandRejected("malformed", "options.into: of all events of a stream, whatever they are sealed with")
+    try:
+        return None if options.algorithm is None else Suite.from_label(options.algorithm)
+    except UnsupportedEnvelope as error:
+        raise CommandRejected("malformed", f"options.algorithm: {error}") from None
 
 
 def _grace(text: str | None) -> float | None:

@@ -23,28 +23,32 @@ _READ: Final = """
 SELECT m.stream_position, m.message_id, m.message_type, m.schema_version, m.occurred_at, m.data, m.data_encrypted, m.metadata, m.is_tombstone,
   m.data_encrypted IS NULL AND s.is_encrypted AND m.stream_position >= coalesce(s.encrypted_from_position, 1) AS planted
 FROM messages m JOIN streams s USING (tenant_id, stream_id) WHERE"""
-# As in row order of the primary key from behind: what is sealed anew meanwhile stands no more in the way.
-_ROWS: Final = f"""
-{_READ} m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position < $3
-  AND CASE WHEN m.data_encrypted IS NULL THEN $5 ELSE substring(m.data_encrypted FOR 25) <> $4 END
-ORDER BY m.stream_position DESC LIMIT $6"""
-
-
 # An envelope's suite is at byte 3, its key id at byte 5, its key version at byte 21.
 _KEY_ID: Final = "encode(substring(m.data_encrypted FROM 6 FOR 16), 'hex')::uuid"
 _KEY_VERSION: Final = """(get_byte(m.data_encrypted, 21)::bigint << 24 | get_byte(m.data_encrypted, 22) << 16
   | get_byte(m.data_encrypted, 23) << 8 | get_byte(m.data_encrypted, 24))::int"""
+_ASKED_FOR: Final = f"""($7::int IS NULL AND $8::int IS NULL OR CASE WHEN octet_length(m.data_encrypted) >= 25
+  THEN ($7 IS NULL OR get_byte(m.data_encrypted, 3) = $7) AND ($8 IS NULL OR {_KEY_VERSION} = $8) ELSE false END)"""
+# As in row order of the primary key from behind: what is sealed anew meanwhile stands no more in the way.
+_ROWS: Final = f"""
+{_READ} m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position < $3
+  AND CASE WHEN m.data_encrypted IS NULL THEN $5 ELSE substring(m.data_encrypted FOR 25) <> $4 END AND {_ASKED_FOR}
+ORDER BY m.stream_position DESC LIMIT $6"""
+
 _ROWS_NOT_OF_PERSONS: Final = f"""
 {_READ} m.tenant_id = $1 AND m.stream_id = $2 AND m.stream_position < $3
   AND CASE WHEN m.data_encrypted IS NULL THEN $5 WHEN octet_length(m.data_encrypted) < 25 THEN true
       ELSE get_byte(m.data_encrypted, 3) <> $4 OR NOT EXISTS (SELECT FROM encryption_keys k WHERE k.tenant_id = $1 AND k.key_id = {_KEY_ID}
-             AND k.key_version = {_KEY_VERSION} AND k.is_active AND k.scope_kind = 'subject') END
+             AND k.key_version = {_KEY_VERSION} AND k.is_active AND k.scope_kind = 'subject') END AND {_ASKED_FOR}
 ORDER BY m.stream_position DESC LIMIT $6"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Streams of a tenant to be sealed under their present keys; `plain`: their plain events too. `into`: one stream, copied into a new one."""
+    """Streams of a tenant to be sealed under their present keys; `plain`: their plain events too. `into`: one stream, copied into a new one.
+
+    `suite`, `key_version`: of the sealed events only those.
+    """
 
     command_id: UUID
     chunk: int
@@ -52,6 +56,8 @@ class Chunk:
     streams: list[str]
     plain: bool
     into: str | None = None
+    suite: int | None = None
+    key_version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +71,19 @@ class Count:
         return Count(self.resealed + other.resealed, self.left + other.left)
 
 
-async def plan(connection: Connection, command_id: UUID, scope: Scope, *, plain: bool, into: str | None = None) -> int:
+async def plan(
+    connection: Connection, command_id: UUID, scope: Scope, *, plain: bool, into: str | None = None, suite: int | None = None,
+    key_version: int | None = None,
+) -> int:  # fmt: skip
     """Cut the scope's streams into chunks; -> how many."""
     with mapped():
         done = await connection.execute(
-            f"""INSERT INTO jobs (command_id, chunk, tenant_id, streams, plain, into_stream)
-                SELECT $3, n / {STREAMS_PER_CHUNK}, $1, array_agg(stream_id ORDER BY n), $4, $5::text
+            f"""INSERT INTO jobs (command_id, chunk, tenant_id, streams, plain, into_stream, suite, key_version)
+                SELECT $3, n / {STREAMS_PER_CHUNK}, $1, array_agg(stream_id ORDER BY n), $4, $5::text, $6::int, $7::int
                 FROM (SELECT s.stream_id, (row_number() OVER (ORDER BY s.stream_id) - 1)::int AS n FROM streams s
                       WHERE s.tenant_id = $1 AND {_OF_SCOPE[scope.kind]} AND (s.is_encrypted OR $4 OR $5::text IS NOT NULL)) x
                 GROUP BY n / {STREAMS_PER_CHUNK} ON CONFLICT DO NOTHING""",  # noqa: S608 (constants)
-            scope.tenant, scope.id, command_id, plain, into,
+            scope.tenant, scope.id, command_id, plain, into, suite, key_version,
         )  # fmt: skip
     return int(done.rpartition(" ")[2])
 
@@ -118,7 +127,10 @@ async def begin(connection: Connection, command_id: UUID, chunk: int, worker: st
         )  # fmt: skip
     if row is None:
         return None
-    return Chunk(command_id=command_id, chunk=chunk, tenant=row["tenant_id"], streams=row["streams"], plain=row["plain"], into=row["into_stream"])
+    return Chunk(
+        command_id=command_id, chunk=chunk, tenant=row["tenant_id"], streams=row["streams"], plain=row["plain"], into=row["into_stream"],
+        suite=row["suite"], key_version=row["key_version"],
+    )  # fmt: skip
 
 
 async def add(connection: Connection, chunk: Chunk, resealed: int) -> None:
@@ -174,13 +186,13 @@ async def progress(connection: Connection, command_id: UUID | None = None) -> li
 async def rows_not_under(connection: Connection, chunk: Chunk, stream: str, prefix: bytes, before: int, limit: int) -> list[Any]:
     """Events before that position whose envelope's first 25 bytes are others, from behind."""
     with mapped():
-        return await connection.fetch(_ROWS, chunk.tenant, stream, before, prefix, chunk.plain, limit)
+        return await connection.fetch(_ROWS, chunk.tenant, stream, before, prefix, chunk.plain, limit, chunk.suite, chunk.key_version)
 
 
 async def rows_not_of_persons(connection: Connection, chunk: Chunk, stream: str, suite: int, before: int, limit: int) -> list[Any]:
     """Events before that position that are not under the live version of a person's key with that suite, from behind."""
     with mapped():
-        return await connection.fetch(_ROWS_NOT_OF_PERSONS, chunk.tenant, stream, before, suite, chunk.plain, limit)
+        return await connection.fetch(_ROWS_NOT_OF_PERSONS, chunk.tenant, stream, before, suite, chunk.plain, limit, chunk.suite, chunk.key_version)
 
 
 async def classes(connection: Connection, tenant: str, streams: Sequence[str]) -> dict[str, str]:

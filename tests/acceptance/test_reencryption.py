@@ -92,6 +92,30 @@ def test_an_algorithm_that_policy_changes_reaches_the_old_events_too(world: Worl
     assert key_history_faults(world) == []
 
 
+def test_only_events_of_an_algorithm_or_of_a_key_version_are_sealed_anew_where_that_is_asked_for(world: World) -> None:
+    world.control()
+    worker(world)
+
+    async def change() -> None:
+        async with open_library(world.settings, writer="library-test") as library:
+            await library.policies.create_policy(PolicySpec(stream_class="Aes", algorithm="ChaCha20-Poly1305"), actor="a test", reason="a test")
+
+    for count in (10, 20):
+        asyncio.run(fill(world, {"aes-1": count}))
+        assert world.carry_out("rotate", ACME)["status"] == "done"
+    asyncio.run(change())
+    asyncio.run(fill(world, {"aes-1": 5}))
+    assert world.carry_out("rotate", ACME)["status"] == "done"
+    opened, asked = world.events("acme"), ("reencrypt", "--tenant", "acme", "--reason", "a test", "--wait", "100")
+    assert world.json(*asked, "--key-version", "1")["events"]["resealed"] == 10
+    assert {use[1:3] for use in keys_in_use(world, "aes-1")} == {(2, "AES-256-GCM"), (3, "ChaCha20-Poly1305"), (4, "ChaCha20-Poly1305")}
+    assert world.json(*asked, "--algorithm", "AES-256-GCM")["events"]["resealed"] == 20
+    assert {use[1:3] for use in keys_in_use(world, "aes-1")} == {(3, "ChaCha20-Poly1305"), (4, "ChaCha20-Poly1305")}
+    assert world.events("acme") == opened
+    assert key_history_faults(world) == []
+    assert world.carry_out("reencrypt", ACME, options={"algorithm": "ROT13"})["error"]["code"] == "malformed"
+
+
 def test_a_stream_that_is_split_off_a_shared_key_can_be_shredded_alone(world: World) -> None:
     world.run().stop()  # its policies are installed
     asyncio.run(fill(world, {"class-1": 20, "class-2": 20}))
