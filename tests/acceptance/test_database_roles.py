@@ -198,7 +198,7 @@ def test_a_consumer_under_the_data_planes_role_sets_aside_what_is_poison(made: R
                     raise ValueError("poison")
                 stop.set()
 
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 await library.consumer("c").run(handle, stop)
 
     blocking(main)

@@ -350,7 +350,7 @@ async def test_what_events_were_before_they_were_sealed_anew_leaves_the_files_to
             )  # fmt: skip
             shred = await plane.carry_out("shred", Scope(tenant=tenant, kind=ScopeKind.STREAM, id="a"))
             ended = "SELECT details FROM residue WHERE command_id = $1::text::uuid AND kind = 'database' AND state = 'done'"
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 while not (details := await plane.database.fetchval(ended, shred["command_id"])):  # noqa: ASYNC110 (no event says so)
                     await asyncio.sleep(0.05)
             tables[tenant] = details["tables"]
@@ -365,7 +365,7 @@ async def test_of_two_control_planes_that_end_the_last_two_places_at_once_one_sa
     async with control_plane(local_stack, database, tmp_path, unique("c")) as plane:
         await kit.seed(plane.database, "acme", {"a": "C"})
         shred = await plane.carry_out("shred", ACME)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while await plane.database.fetchval("SELECT finished_at FROM commands") is None:  # noqa: ASYNC110 (no event says so)
                 await asyncio.sleep(0.02)
         settings = plane.settings

@@ -303,6 +303,6 @@ async def test_what_was_opened_before_a_shred_is_not_handed_over_after_it(librar
 
     for stream in ("user-1", "user-2", "user-3"):
         await library.store.append_to_stream(stream, [NewEvent(type="T", data="secret")], tenant="acme")
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(120):
         await library.consumer("c").run(handle, stop)
     assert [type(event) for event in seen] == [Event, Erased, Event]

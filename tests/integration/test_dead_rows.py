@@ -112,7 +112,7 @@ async def vacuum_by_the_owner(owner: Any) -> None:
     for table in KEY_TABLES:
         await owner.execute(f"VACUUM {table}")
     told = "SELECT count(*) FROM pg_stat_all_tables WHERE relname = ANY ($1) AND last_vacuum > $2"
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while await owner.fetchval(told, list(KEY_TABLES), before) < len(KEY_TABLES):
             await asyncio.sleep(0.02)
 
@@ -147,11 +147,11 @@ async def test_a_vacuum_of_somebody_elses_counts_only_if_no_old_snapshot_stood_i
     await vacuum_by_the_owner(pool)
     await snapshot.rollback()
     await reader.close()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while (look := await DeadRows(limited).act(entry)).details.get("held_by"):
             await asyncio.sleep(0.02)
     assert look.again is not None
     assert all("may not" in said for said in look.details["tables"].values())
     await vacuum_by_the_owner(pool)
-    last = await DeadRows(limited).act(replace(entry, details=look.details))
-    assert (last.again, set(last.details["tables"].values())) == (None, {"autovacuumed"})
+    last = await rid(DeadRows(limited), replace(entry, details=look.details))
+    assert set(last.details["tables"].values()) == {"autovacuumed"}
