@@ -95,10 +95,14 @@ async def find(settings: Settings, connection: Connection, keys: Mapping[str, Ed
             before = len(found.problems)
             add(raw, where)
             if len(found.problems) == before:
-                found.problems.append(f"checkpoint {where} is not in the database any more")
+                strays[digest] = where
 
     there: set[bytes] = set()
+    strays: dict[bytes, str] = {}
     await asyncio.to_thread(read_topic)
+    if strays:  # one may have been made since the database was read
+        now = {sha256(envelope).digest() async for _, envelope, _ in signed_heads.envelopes(connection)}
+        found.problems += [f"checkpoint {where} is not in the database any more" for digest, where in strays.items() if digest not in now]
     gone = [identity for digest, (identity, published) in kept.items() if published and digest not in there]
     found.problems += [f"checkpoint {identity} of the database is not on the topic {settings.audit.topic} any more" for identity in gone]
     return found

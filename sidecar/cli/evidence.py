@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Annotated
 
 import typer
@@ -42,6 +43,10 @@ def get(
     with_salt: Annotated[
         bool, typer.Option("--with-salt", help="Also say salt and scope, for the one who asked for the shred. Needs --output.")
     ] = False,
+    wait: Annotated[
+        float,
+        typer.Option(min=0, help="Wait for it: a shred has its first one seconds after its receipt. Exit 4 if it does not come.", metavar="SECONDS"),
+    ] = 0,
 ) -> None:
     """One certificate: on stdout, or to a file. Who has the salt can show of whom it is; it is never in the certificate."""
     here = cli(context)
@@ -49,9 +54,13 @@ def get(
         raise typer.BadParameter("the salt does not belong beside the certificate: name a file with --output", param_hint="--with-salt")
     wanted = as_id(identity)
     # the salt is for who may command a shred: a reader's role need not see it
-    found = here.ask("control" if with_salt else "reader", lambda connection: evidence.find(connection, wanted))
-    if found is None:
-        fail(f"there is no certificate {wanted}, and none of a command with this id", Exit.FAILED)
+    deadline = monotonic() + wait
+    while (found := here.ask("control" if with_salt else "reader", lambda connection: evidence.find(connection, wanted))) is None:
+        if monotonic() >= deadline:
+            fail(
+                f"there is no certificate {wanted}, and none of a command with this id{' yet' if wait else ''}", Exit.PENDING if wait else Exit.FAILED
+            )
+        sleep(0.5)
     if output is None:
         typer.get_binary_stream("stdout").write(found["envelope"])
         return

@@ -203,7 +203,8 @@ class World:
 
     def committed(self) -> dict[tuple[str, int], int]:
         """The group's committed offsets, of the source topic's partitions."""
-        found = self._asking.committed([TopicPartition(self.topic, partition) for partition in range(self.partitions)], timeout=10)
+        every = {(self.topic, partition) for partition in range(self.partitions)} | self.ends.keys()
+        found = self._asking.committed([TopicPartition(*at) for at in every], timeout=10)
         return {(tp.topic, tp.partition): tp.offset for tp in found}
 
     async def settled(self) -> None:

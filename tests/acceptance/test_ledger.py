@@ -303,7 +303,7 @@ async def test_an_entry_that_the_broker_does_not_take_stays_in_the_outbox_and_is
     world.create(world.topic("ledger"), 1, cleanup_policy="compact")
     pool = await open_pool(world.dsn)
     signer = control_signer(world.settings)
-    command: Any = type("Command", (), {"command_id": uuid4(), "scope": tenant("acme")})()
+    command: Any = type("Command", (), {"command_id": uuid4(), "scope": tenant("acme"), "include_plain": False})()
     try:
         away, back = (Ledger(pool, topic, signer, world.name) for topic in (Away(world.settings), LedgerTopic(world.settings)))
         async with pool.acquire() as connection, connection.transaction():

@@ -1,6 +1,7 @@
 """Audit checkpoints on a real database and topic: what `sidecar audit verify` finds, and what it says of rows that none covers yet."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -102,6 +103,21 @@ async def test_checkpoint_covers_what_stands_and_verify_says_since_when_rows_are
     assert found["control-0"]["uncovered_since"] == START + timedelta(seconds=10)
     assert (found["one"]["covered_seq"], found["one"]["uncovered_since"]) == (3, None)
     assert (found["new"]["covered_seq"], found["new"]["uncovered_since"]) == (None, START + timedelta(seconds=12))
+
+
+async def test_checkpoint_that_is_made_while_verify_reads_is_no_fault(trail: Trail, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, loop = journal.read, asyncio.get_running_loop()
+
+    def meanwhile(settings: Settings, topic: str) -> Iterator[Any]:
+        assert asyncio.run_coroutine_threadsafe(trail.checkpoint(), loop).result(60)
+        return read(settings, topic)
+
+    monkeypatch.setattr(journal, "read", meanwhile)
+    assert await trail.problems() == []
+    await trail.rows("one", 1)
+    await trail.execute("DELETE FROM audit_checkpoints")  # control: one that was removed is
+    [problem] = await trail.problems()
+    assert "is not in the database any more" in problem
 
 
 async def test_checkpoint_is_made_only_when_a_chain_has_moved(trail: Trail) -> None:
