@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from math import isfinite
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import orjson
@@ -131,18 +132,18 @@ def encode(data: Any) -> tuple[bytes | None, str]:
         value = orjson.dumps(data)
     except TypeError:
         raise MalformedRecord("an event's data is bytes, or what JSON can hold") from None
-    if b"null" in value and _has_no_number(orjson.loads(value), data):
+    if b"null" in value and _has_no_number(data):
         raise MalformedRecord("an event's data is bytes, or what JSON can hold: NaN and Infinity are not")
     return value, "json"
 
 
-def _has_no_number(read: Any, given: Any) -> bool:
+def _has_no_number(data: Any) -> bool:
     """orjson writes null for NaN and for Infinity."""
-    if read is None:
-        return isinstance(given, float)
-    if isinstance(read, list):
-        return isinstance(given, list | tuple) and any(map(_has_no_number, read, given))
-    return isinstance(read, dict) and isinstance(given, dict) and any(_has_no_number(read[name], value) for name, value in given.items())
+    if isinstance(data, float):
+        return not isfinite(data)
+    if isinstance(data, dict):
+        return any(map(_has_no_number, data.values()))
+    return isinstance(data, list | tuple) and any(map(_has_no_number, data))
 
 
 def as_number(expected: ExpectedVersion) -> int:
